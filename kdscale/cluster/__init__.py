@@ -1,0 +1,1 @@
+"""A placement request in, Ray actors that form one process group out."""

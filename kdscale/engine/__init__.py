@@ -1,0 +1,1 @@
+"""The one door to DeepSpeed: models, engines, checkpoints and exports."""

@@ -1,0 +1,1 @@
+"""Batches, a scorer and a source of targets in, quality and efficiency figures out."""

@@ -1,0 +1,1 @@
+"""Student hidden states and soft targets in, sums and counts with their gradients out."""

@@ -1,0 +1,1 @@
+"""Batches and soft targets in, optimizer steps and checkpoints out."""

@@ -1,0 +1,1 @@
+"""The teacher's hidden states in, soft targets and their Arrow record batches out (and back)."""

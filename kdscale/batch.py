@@ -4,13 +4,29 @@ R = rows, L = tokens in a row, T = positions trained on (row-major order), K = k
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 
 from kdscale.errors import PayloadError
+from kdscale.head import Head, HeadSpec  # noqa: F401 (temporary)
 
 PADDING_SEGMENT = 0
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What a request asks for at each trained position: its request identity, together with the packed tokens."""
+
+    payload: Literal["topk", "hidden"]
+    k: int = 0
+    """Kept entries (``topk``)."""
+    temperature: float = 1.0
+    """Applied before truncation (``topk``); hidden states have none."""
+
+    def as_dict(self) -> dict[str, str | int | float]:
+        return {"payload": self.payload, "k": self.k, "temperature": self.temperature}
 
 
 @dataclass(frozen=True)
@@ -102,26 +118,3 @@ class HiddenTargets:
 
 
 SoftTargets = TopkTargets | HiddenTargets
-
-
-@dataclass(frozen=True)
-class HeadSpec:
-    """What turns ``hidden @ weight.T`` into logits, apart from the weights themselves.
-
-    ``logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``, over the first ``vocab_size`` rows of
-    ``weight``: a model's embedding may be padded beyond its vocabulary.
-    """
-
-    vocab_size: int
-    """True vocabulary: the tokenizer's largest id + 1, added tokens included."""
-    softcap: float | None = None
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Head:
-    """A language model's head, detached from its model."""
-
-    weight_VD: torch.Tensor
-    bias_V: torch.Tensor | None
-    spec: HeadSpec

@@ -1,0 +1,108 @@
+"""A Ray cluster to run on, joined or started, and placement groups with a limit on the wait."""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from kdscale import log
+from kdscale.config.schema import ClusterSection
+from kdscale.errors import PlacementError
+
+_LOG = log.get(__name__)
+_OBJECT_STORE_BYTES = 128 << 20  # nothing of ours travels through it
+_REPORT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Resources of one process group: one bundle a rank."""
+
+    what: str
+    ranks: int
+    cpus_per_rank: int
+    gpus_per_rank: int
+
+
+@contextmanager
+def cluster(settings: ClusterSection, asks: list[Ask], temp_dir: str | None) -> Iterator[None]:
+    """Join the cluster at ``settings.address``, or run a local one that ends with the context.
+
+    A local cluster's logical CPUs are what the asks add up to: threads, not cores, are what ranks share on a laptop.
+
+    Raises:
+        PlacementError: no cluster at the address, or more memory asked than this machine has.
+    """
+    # Logs of ours go to stderr of the driver; Ray's own usage reports leave no laptop of a user.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if settings.address is not None:
+            ray.init(address=settings.address, log_to_driver=True)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=sum(ask.ranks * ask.cpus_per_rank for ask in asks),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=temp_dir,
+                logging_level="warning",
+                log_to_driver=True,
+            )
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise PlacementError(f"cannot join or start Ray (cluster.address = {settings.address}): {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def reserve(ask: Ask, wait_seconds: float) -> Iterator[PlacementGroup]:
+    """A placement group for ``ask``; names what is missing while it waits, and gives up in time.
+
+    Raises:
+        PlacementError: the cluster did not have the resources within ``wait_seconds``.
+    """
+    bundle = {"CPU": float(ask.cpus_per_rank)} | ({"GPU": float(ask.gpus_per_rank)} if ask.gpus_per_rank else {})
+    group = placement_group([bundle] * ask.ranks, strategy="PACK")
+    deadline = time.monotonic() + wait_seconds
+    try:
+        while True:
+            ready, _ = ray.wait([group.ready()], timeout=min(_REPORT_S, max(0.0, deadline - time.monotonic())))
+            if ready:
+                break
+            lack = _lack(ask, bundle)
+            if time.monotonic() >= deadline:
+                raise PlacementError(
+                    f"{ask.what} was not placed within cluster.wait_seconds = {wait_seconds:g}: {lack}; ask for less"
+                    " (ranks, cpus_per_rank, gpus_per_rank) or add nodes"
+                )
+            _LOG.info("%s waits for its place: %s", ask.what, lack)
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def _lack(ask: Ask, bundle: dict[str, float]) -> str:
+    free = ray.available_resources()
+    return ", ".join(
+        f"needs {ask.ranks} x {amount:g} {name}, {free.get(name, 0.0):g} free of"
+        f" {ray.cluster_resources().get(name, 0.0):g}"
+        for name, amount in bundle.items()
+    )
+
+
+def require_memory(needed_bytes: int, what: str) -> None:
+    """Refuse to start what this machine cannot hold. Raises: PlacementError."""
+    free = psutil.virtual_memory().available
+    if needed_bytes > free:
+        raise PlacementError(
+            f"{what} needs about {needed_bytes / 2**30:.1f} GiB of memory; {free / 2**30:.1f} GiB are free here; use a"
+            " smaller model, fewer ranks on this node, or a cluster (cluster.address)"
+        )

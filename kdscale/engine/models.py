@@ -1,0 +1,241 @@
+"""Causal language models: found, loaded, cut from a teacher's layers, and taken apart into base and head."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from kdscale.config.schema import StudentSection
+from kdscale.errors import ModelError
+from kdscale.head import HeadSpec, head_logits
+
+_LAYER = re.compile(r"(\.(?:layers|h|blocks)\.)(\d+)(?=\.)")
+
+
+def resolve_model(name: str) -> Path:
+    """The local directory of a model: ``name`` itself, or a snapshot of the hub's model of that name.
+
+    Raises:
+        ModelError: no such directory, and the hub does not give it.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name} holds no config.json; give a Hugging Face model directory")
+        return path
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise ModelError(f"{name} is not a directory; give a Hugging Face model directory or a hub name")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelError(
+            f"{name} is neither a local directory nor a model the hub gives: {str(error).splitlines()[0]}; check the"
+            " name, or download the model and give its directory"
+        ) from error
+
+def model_digest(directory: Path) -> str:
+    """Identity of a model directory: its config and what its safetensors headers say of names, shapes and places.
+
+    Reading all weights would take minutes for a large teacher; names, shapes and samples stand for them.
+    """
+    digest = hashlib.sha256()
+    config = json.loads((directory / "config.json").read_text())
+    for volatile in ("transformers_version", "_name_or_path", "use_cache"):
+        config.pop(volatile, None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            digest.update(path.name.encode() + file.read(min(size, 100 << 20)))
+            # A fine-tuned model has the same header: a sample of the weights tells them apart.
+            for place in range(8):
+                file.seek(8 + size + (path.stat().st_size - 8 - size) * place // 8)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:32]
+
+
+def load_config(directory: str | Path) -> PretrainedConfig:
+    """Raises: ModelError for a config transformers does not know (remote code is never run)."""
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{directory}/config.json is not usable: {error}") from error
+
+
+def load_causal_lm(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A pretrained model from safetensors. Raises: ModelError."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
+        raise ModelError(f"{directory} cannot be loaded as a causal language model: {error}") from error
+    model.config.use_cache = False
+    return model
+
+
+def build_student(student: StudentSection, teacher_directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The student, whole and in host memory; sharding comes later, from outside.
+
+    Fresh weights are drawn plainly (``zero.Init`` with transformers 5 draws others), so the caller's seed decides them.
+    """
+    match student.init:
+        case "teacher_layers":
+            assert student.layers is not None
+            model = from_teacher_layers(teacher_directory, student.layers, dtype)
+        case "model":
+            assert student.model is not None
+            model = load_causal_lm(resolve_model(student.model), dtype)
+        case "config":
+            assert student.config is not None
+            model = from_fields(student.config, dtype)
+    model.config.use_cache = False
+    freeze(model, student.freeze)
+    require_known_head(model)
+    return model
+
+
+def from_fields(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """A fresh model from a transformers config given as a mapping with ``model_type``."""
+    if "model_type" not in fields:
+        raise ModelError("student.config has no model_type; name a transformers family, for instance llama")
+    try:
+        config = AutoConfig.for_model(**fields)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"student.config is not a causal language model's: {error}") from error
+
+
+def from_teacher_layers(directory: Path, layers: list[int], dtype: torch.dtype) -> PreTrainedModel:
+    """A model of the teacher's chosen layers, embeddings and head; reads only the tensors it needs.
+
+    Raises:
+        ModelError: a layer the teacher does not have, or weights that are not in safetensors.
+    """
+    config = load_config(directory)
+    depth = config.get_text_config().num_hidden_layers
+    if max(layers) >= depth:
+        raise ModelError(f"student.layers names layer {max(layers)}; {directory} has layers 0 to {depth - 1}")
+    text = config.get_text_config()
+    text.num_hidden_layers = len(layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = [text.layer_types[layer] for layer in layers]
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    # A student layer may appear twice in the teacher's numbering only if the user listed it twice.
+    targets: dict[int, list[int]] = {}
+    for new, old in enumerate(layers):
+        targets.setdefault(old, []).append(new)
+    state: dict[str, torch.Tensor] = {}
+    for name, read in _stored_tensors(directory):
+        found = _LAYER.search(name)
+        if found is None:
+            state[name] = read().to(dtype)
+        else:
+            for new in targets.get(int(found.group(2)), []):
+                state[name[: found.start()] + f"{found.group(1)}{new}" + name[found.end() :]] = read().to(dtype)
+    result = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    missing = [name for name in result.missing_keys if name not in tied]
+    if missing or result.unexpected_keys:
+        raise ModelError(
+            f"the weights of {directory} do not fit {type(model).__name__} with layers {layers}: missing"
+            f" {missing[:3]}, unexpected {result.unexpected_keys[:3]}"
+        )
+    model.tie_weights()
+    return model
+
+
+def _stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+    """(name, reader) of every tensor in a safetensors directory; nothing is read until the reader is called."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif (directory / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    else:
+        raise ModelError(f"{directory} holds no model.safetensors and no index; convert its weights to safetensors")
+    for file in files:
+        try:
+            with safe_open(directory / file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118  (not a mapping)
+                    yield name, lambda stored=stored, name=name: stored.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{directory / file} cannot be read: {error}") from error
+
+
+def freeze(model: nn.Module, patterns: list[str]) -> None:
+    """Stop training the parameters whose name a pattern finds. Raises: ModelError for a pattern that finds none."""
+    for pattern in patterns:
+        found = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
+        if not found:
+            raise ModelError(f"student.freeze: {pattern!r} finds no parameter of {type(model).__name__}")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(f"student.freeze = {patterns} leaves nothing to train")
+
+
+# ---- base and head ----
+
+
+def head_of(model: PreTrainedModel, vocab_size: int) -> tuple[nn.Parameter, nn.Parameter | None, HeadSpec]:
+    """Weight, bias and spec of the model's head over a true vocabulary of ``vocab_size``.
+
+    Raises:
+        ModelError: no head, or fewer rows than the vocabulary.
+    """
+    module = model.get_output_embeddings()
+    if module is None:
+        raise ModelError(f"{type(model).__name__} has no output embeddings; kdscale distils causal language models")
+    rows = getattr(module.weight, "ds_shape", module.weight.shape)[0]
+    if rows < vocab_size:
+        raise ModelError(f"the tokenizer has {vocab_size} ids, the model's head only {rows} rows; they don't belong together")
+    config = model.config.get_text_config()
+    # Cohere multiplies its logits, Granite divides them.
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return module.weight, getattr(module, "bias", None), HeadSpec(vocab_size, softcap, float(scale))
+
+
+def base_hidden(model: PreTrainedModel, ids_RL: torch.Tensor, positions_RL: torch.Tensor) -> torch.Tensor:
+    """The input of the head, [R, L, D].
+
+    Restarting positions are all that isolates documents: without a mask and a cache, transformers derives the
+    block-diagonal mask of every attention kind (full, sliding) from them.
+    """
+    hidden: torch.Tensor = model.base_model(
+        input_ids=ids_RL, position_ids=positions_RL, attention_mask=None, use_cache=False, return_dict=False
+    )[0]
+    return hidden
+
+
+@torch.no_grad()
+def require_known_head(model: PreTrainedModel) -> None:
+    """Check on one short row that head(base(x)) is what the model itself computes.
+
+    Raises:
+        ModelError: the family does something between base and logits that kdscale does not know.
+    """
+    weight, bias, spec = head_of(model, model.get_output_embeddings().weight.shape[0])
+    ids = torch.arange(8).unsqueeze(0) % spec.vocab_size
+    was_training = model.training
+    model.eval()
+    positions = torch.arange(8).unsqueeze(0)
+    ours = head_logits(base_hidden(model, ids, positions)[0], weight, bias, spec)
+    theirs = model(input_ids=ids, use_cache=False).logits[0].float()
+    model.train(was_training)
+    if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
+        raise ModelError(
+            f"{type(model).__name__} turns hidden states into logits in a way kdscale does not know (off by"
+            f" {float((ours - theirs).abs().max()):.3g}); supported are bias, softcap and logit scale"
+        )

@@ -1,0 +1,148 @@
+"""One process of a group: device, dtype, threads, seeds, and the process group under DeepSpeed."""
+
+import ipaddress
+import os
+import random
+import socket
+from datetime import timedelta
+from typing import Literal
+
+import deepspeed
+import deepspeed.ops
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+
+from kdscale.config.schema import Dtype
+from kdscale.errors import PlacementError
+
+# DeepSpeed builds this extension with g++ at every start, leaves tens of MB per rank in /dev/shm, and a process killed
+# in the build leaves a lock on which every later start waits for ever. gloo and NCCL train the same without it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def address_in(network: str) -> tuple[str, str]:
+    """This node's address in ``network`` (CIDR) and the name of its interface. Raises: PlacementError."""
+    wanted = ipaddress.ip_network(network)
+    for interface, addresses in psutil.net_if_addrs().items():
+        for one in addresses:
+            if one.family == socket.AF_INET and ipaddress.ip_address(one.address) in wanted:
+                return one.address, interface
+    raise PlacementError(f"no interface of {socket.gethostname()} has an address in stream.network = {network}")
+
+
+class Member:
+    """One rank on its way into a process group: rank 0 opens the store, then all join."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank = rank
+        self.world = world
+        self._listener: socket.socket | None = None
+
+    def open_store(self, network: str) -> tuple[str, int]:
+        """Rank 0: listen for the group on this node's address in ``network`` alone (torch's own store would listen on
+        all addresses); returns where."""
+        self._listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self._listener.bind((address_in(network)[0], 0))
+        self._listener.listen(256)
+        host, port = self._listener.getsockname()
+        return host, port
+
+    def join(self, address: tuple[str, int], network: str, timeout_s: float, gpus_per_rank: int) -> torch.device:
+        """Become part of the group whose store is at ``address``; returns this rank's device.
+
+        Blocks until all ranks are there, ``timeout_s`` at most.
+        """
+        device = use_device(gpus_per_rank)
+        _, interface = address_in(network)
+        os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+        # What DeepSpeed reads of the launcher's variables; LOCAL_SIZE apart from WORLD_SIZE keeps it off shared memory.
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK="0", LOCAL_SIZE="1")
+        os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
+        timeout = timedelta(seconds=timeout_s)
+        store = dist.TCPStore(
+            address[0],
+            address[1],
+            self.world,
+            is_master=self._listener is not None,
+            timeout=timeout,
+            # The store owns the descriptor from here on.
+            master_listen_fd=self._listener.detach() if self._listener is not None else None,
+        )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        return device
+
+
+def join_launched_group(*, device: torch.device, timeout_s: float) -> None:
+    """Become the rank that the ``deepspeed`` launcher's environment names."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+def leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def use_device(gpus_per_rank: int, local_rank: int = 0) -> torch.device:
+    """This rank's device. Raises: PlacementError when a GPU is asked for and none is visible."""
+    if not gpus_per_rank:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise PlacementError("gpus_per_rank = 1, but no GPU is visible to this rank; set it to 0 to run on CPU")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """The dtype ``auto`` stands for: bfloat16 where the hardware multiplies it fast, else float32."""
+    match name:
+        case "float32":
+            return torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case "auto":
+            fast = device.type == "cuda" or _cpu_has_bfloat16()
+            return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def set_seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def set_threads(threads: int, *, deterministic: bool) -> None:
+    torch.set_num_threads(threads)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """``values`` summed over all ranks, in place."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` holds on any rank; every rank must ask."""
+    return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

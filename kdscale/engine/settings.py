@@ -1,0 +1,71 @@
+"""The DeepSpeed JSON: what the user wrote, filled in; contradictions refused by name. Pure: no DeepSpeed, no torch."""
+
+from typing import Any
+
+from kdscale.config.schema import RunConfig
+from kdscale.errors import ConfigError
+from kdscale.topology import BatchCut
+
+
+def batch_cut(config: RunConfig) -> BatchCut:
+    return BatchCut(config.train.batch_rows, config.train.micro_rows, config.student.parallel.data)
+
+
+def student_settings(config: RunConfig, dtype: str) -> dict[str, Any]:
+    """The student's full DeepSpeed config; ``dtype`` is ``"float32"`` or ``"bfloat16"``.
+
+    Raises:
+        ConfigError: the ``deepspeed`` section sets a value that kdscale derives, to something else.
+    """
+    cut = batch_cut(config)
+    derived: dict[str, Any] = {
+        "train_batch_size": cut.rows,
+        "train_micro_batch_size_per_gpu": cut.micro_rows,
+        "gradient_accumulation_steps": cut.micro_steps,
+        "gradient_clipping": config.train.clip,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        # torch's AdamW: portable, resumes bit for bit, and needs no compiler.
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": config.train.lr,
+                "betas": list(config.train.betas),
+                "weight_decay": config.train.weight_decay,
+                "torch_adam": True,
+            },
+        },
+    }
+    where = {
+        "train_batch_size": "train.batch_rows",
+        "train_micro_batch_size_per_gpu": "train.micro_rows",
+        "gradient_accumulation_steps": "train.batch_rows / (train.micro_rows x data ranks)",
+        "gradient_clipping": "train.clip",
+        "bf16": "student.dtype",
+        "optimizer": "train.lr, train.betas and train.weight_decay",
+    }
+    for key, value in derived.items():
+        given = config.deepspeed.get(key, value)
+        if given not in (value, "auto"):
+            raise ConfigError(
+                f"deepspeed.{key} = {given!r} contradicts {where[key]}, from which kdscale derives {value!r};"
+                f" remove deepspeed.{key} or change {where[key]}"
+            )
+    for key in ("scheduler", "fp16"):
+        if config.deepspeed.get(key):
+            way_out = "train.schedule" if key == "scheduler" else "student.dtype: bfloat16"
+            raise ConfigError(f"deepspeed.{key} is not supported; use {way_out}")
+    return {"steps_per_print": 0, "zero_allow_untested_optimizer": True, **config.deepspeed, **derived}
+
+
+def teacher_settings(ranks: int, dtype: str) -> dict[str, Any]:
+    """The teacher's DeepSpeed config: ZeRO-3 over its ranks, or nothing sharded where there is only one."""
+    zero: dict[str, Any] = {"stage": 0}
+    if ranks > 1:
+        # Everything is sharded, norms included, so that a rank holds its share of the parameters and no more.
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 0,
+    }

@@ -1,0 +1,51 @@
+"""ZeRO: a model spread over ranks for inference, and its parameters made whole for a moment."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from kdscale.engine.models import load_causal_lm
+
+
+class InferenceModel:
+    """A causal language model over the ranks of this process group, by ZeRO-3 where there are several."""
+
+    def __init__(self, directory: str, settings: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+        # transformers shards while it loads if this object lives; it must also outlive the model.
+        self._keep_alive = HfDeepSpeedConfig(settings) if settings["zero_optimization"]["stage"] == 3 else None
+        model = load_causal_lm(directory, dtype)
+        self.model: PreTrainedModel = model if self._keep_alive else model.to(device)
+        self.model.eval()
+        # One rank needs no engine: stage 0 leaves the module as it is.
+        self.engine = deepspeed.initialize(model=self.model, config=settings)[0] if self._keep_alive else None
+
+    def parameters_held(self) -> int:
+        """Parameters this rank keeps between forwards."""
+        return sum(local_numel(parameter) for parameter in self.model.parameters())
+
+    def parameters_total(self) -> int:
+        return sum(full_numel(parameter) for parameter in self.model.parameters())
+
+
+def local_numel(parameter: nn.Parameter) -> int:
+    """Elements of ``parameter`` on this rank, ZeRO-3's padding included."""
+    shard = getattr(parameter, "ds_tensor", None)
+    return int(parameter.numel() if shard is None else shard.numel())
+
+
+def full_numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Whole parameters inside the context, on every rank; all ranks must enter. Nothing written inside is kept."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        yield

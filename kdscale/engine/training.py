@@ -1,0 +1,44 @@
+"""A DeepSpeed engine around a module, and the learning rate as a pure function of the step."""
+
+import math
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from kdscale.config.schema import TrainSection
+
+
+def training_engine(module: nn.Module, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """DeepSpeed's engine for ``module``, which it casts, places and shards as ``settings`` say."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=parameters, config=settings)
+    return engine
+
+
+def learning_rate(step: int, train: TrainSection) -> float:
+    """Rate of optimizer step ``step`` (from 0): linear warm-up, then from ``lr`` to ``final_lr_share * lr``."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    span = max(1, train.steps - 1 - train.warmup_steps)
+    done = min(1.0, (step - train.warmup_steps) / span)
+    match train.schedule:
+        case "constant":
+            share = 1.0
+        case "linear":
+            share = 1.0 - (1.0 - train.final_lr_share) * done
+        case "cosine":
+            share = train.final_lr_share + (1.0 - train.final_lr_share) * 0.5 * (1.0 + math.cos(math.pi * done))
+    return train.lr * share
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Norm of the last step's gradient before clipping; NaN where DeepSpeed does not compute it (no clipping)."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(torch.as_tensor(norm))

@@ -1,0 +1,75 @@
+"""Served == local: what the teacher serves is what a plain forward of the same files gives. Checked before step 1."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kdscale.batch import PADDING_SEGMENT, TargetSpec, TokenBatch, TopkTargets
+from kdscale.engine.models import load_causal_lm
+from kdscale.errors import CanaryError
+from kdscale.stream.prefetch import check_alignment
+from kdscale.stream.source import TargetSource
+
+# float16 on the wire rounds a log-probability of -8 by 4e-3; a bfloat16 forward rounds logits of 30 by 0.1.
+_TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.35}
+_PROBABLE = -6.0
+"""Entries likelier than e^-6 are compared; the others are all noise in bfloat16."""
+
+
+@dataclass(frozen=True)
+class CanaryReport:
+    """What was compared and how far apart the two were."""
+
+    num_tokens: int
+    max_logp_difference: float
+    top1_agreement: float
+
+    def line(self) -> str:
+        return (
+            f"ok: {self.num_tokens} tokens, top-1 agreement {self.top1_agreement:.4f}, log-probabilities within"
+            f" {self.max_logp_difference:.1e}"
+        )
+
+
+def run_canary(
+    batch: TokenBatch, spec: TargetSpec, source: TargetSource, teacher_directory: str, dtype: torch.dtype
+) -> CanaryReport:
+    """Compare served targets of ``batch`` with transformers' own forward, one document at a time.
+
+    Raises:
+        CanaryError: they differ; training on such targets would silently teach something else.
+    """
+    served = source.fetch(batch, spec)
+    check_alignment(batch, served)
+    assert isinstance(served, TopkTargets)
+    return compare(served, plain_logp(batch, teacher_directory, dtype, spec.temperature), dtype)
+
+
+@torch.no_grad()
+def plain_logp(batch: TokenBatch, directory: str, dtype: torch.dtype, temperature: float) -> torch.Tensor:
+    """Log-probabilities [T, V'] of a plain, unsharded model that reads each packed document alone."""
+    model = load_causal_lm(directory, dtype).eval()
+    rows = []
+    for row in range(batch.num_rows):
+        for segment in sorted(set(batch.segments_RL[row].tolist()) - {PADDING_SEGMENT}):
+            here = batch.segments_RL[row] == segment
+            logits = model(input_ids=torch.from_numpy(batch.ids_RL[row][here]).long().unsqueeze(0)).logits[0].float()
+            rows.append(logits[torch.from_numpy(batch.predicts_RL[row][here])] / temperature)
+    return torch.log_softmax(torch.cat(rows), dim=-1)
+
+
+def compare(served: TopkTargets, plain_TV: torch.Tensor, dtype: torch.dtype) -> CanaryReport:
+    """Raises: CanaryError naming the likely cause."""
+    local_TK = plain_TV.gather(1, served.ids_TK.long())
+    probable = served.logp_TK > _PROBABLE
+    worst = float((served.logp_TK - local_TK).abs()[probable].max())
+    agreement = float((plain_TV.argmax(-1) == served.ids_TK[:, 0]).double().mean())
+    report = CanaryReport(len(served), worst, agreement)
+    if not worst <= _TOLERANCE[dtype] or agreement < 0.9:
+        raise CanaryError(
+            f"the served teacher differs from a plain forward of the same files: log-probabilities by up to {worst:.3g}"
+            f" (allowed {_TOLERANCE[dtype]:g}), top-1 agreement {agreement:.3f}. Likely causes:"
+            " a shift by one or packed documents that see each other (agreement near 0),"
+            " a padded vocabulary or another temperature (agreement near 1), another dtype (teacher.dtype)"
+        )
+    return report

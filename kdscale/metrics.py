@@ -1,0 +1,66 @@
+"""One object a step: what is measured while training, and its file."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step. Losses are means in nats over the step's trained tokens; times are seconds."""
+
+    step: int
+    """Steps done, this one included."""
+    num_tokens: int
+    loss: float
+    soft: float
+    hard: float
+    top1_agreement: float
+    teacher_entropy: float
+    teacher_kept_mass: float
+    student_kept_mass: float
+    coverage: float | None
+    """Share of trained tokens that had a soft target; none when training on labels only."""
+    gradient_norm: float
+    learning_rate: float
+    seconds: float
+    wait_seconds: float
+    """Time spent waiting for soft targets, mean over ranks."""
+    tokens_per_second: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class MetricsFile:
+    """``metrics.jsonl``: each step stands once, also after a resume."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        """Keep the lines of steps up to ``resume_step``; the run goes on behind them."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= resume_step]
+        aside = path.with_name(f".{path.name}.partial")
+        aside.write_text("".join(f"{line}\n" for line in kept))
+        aside.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def write(self, metrics: StepMetrics) -> None:
+        self._file.write(json.dumps(metrics.as_dict()) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that are JSON objects; a killed run may have left half of one at the end."""
+    if not path.is_file():
+        return []
+    whole = []
+    for line in path.read_text().splitlines():
+        try:
+            json.loads(line)
+        except ValueError:
+            break
+        whole.append(line)
+    return whole

@@ -1,0 +1,65 @@
+"""The run's one fixed address: a small service that holds the live teacher endpoints with their generations."""
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import pyarrow.flight as fl
+
+from kdscale.errors import PlacementError, StreamError
+from kdscale.stream.protocol import Endpoint, Meaning, call, connect, open_message
+
+_CALL_SECONDS = 10.0
+
+
+class DirectoryServer(fl.FlightServerBase):
+    """Serves the endpoint list; only the process that made it changes the list."""
+
+    def __init__(self, host: str, port: int, token: str) -> None:
+        """Raises: PlacementError when the port is taken."""
+        try:
+            super().__init__(f"grpc+tcp://{host}:{port}")
+        except (OSError, fl.FlightError) as error:
+            raise PlacementError(
+                f"the endpoint directory cannot listen on {host}:{port}: {error}; free the port or set"
+                " stream.directory_port (0 picks a free one)"
+            ) from error
+        self.address = f"{host}:{self.port}"
+        self._token = token
+        self._lock = threading.Lock()
+        self._endpoints: dict[str, list[Endpoint]] = {}
+        self._meaning: Meaning | None = None
+
+    def publish(self, replica: str, endpoints: list[Endpoint], meaning: Meaning) -> None:
+        """Make a replica's endpoints known, in place of those of its earlier generation."""
+        with self._lock:
+            self._endpoints[replica] = endpoints
+            self._meaning = meaning
+
+    def withdraw(self, replica: str) -> None:
+        with self._lock:
+            self._endpoints.pop(replica, None)
+
+    def do_action(self, context: fl.ServerCallContext, action: fl.Action) -> Iterator[fl.Result]:
+        try:
+            open_message(action.body.to_pybytes(), self._token)
+        except StreamError as error:
+            raise fl.FlightUnauthenticatedError(str(error)) from error
+        if action.type != "endpoints":
+            raise fl.FlightServerError(f"unknown action {action.type!r}; this is the directory, it knows 'endpoints'")
+        with self._lock:
+            endpoints = [asdict(endpoint) for replica in self._endpoints.values() for endpoint in replica]
+            meaning = asdict(self._meaning) if self._meaning else None
+        yield fl.Result(json.dumps({"endpoints": endpoints, "meaning": meaning}).encode())
+
+
+def list_endpoints(address: str, token: str) -> tuple[list[Endpoint], Meaning | None]:
+    """Ask the directory. Raises: StreamError when it does not answer."""
+    try:
+        with connect(address) as client:
+            answer = call(client, "endpoints", token, _CALL_SECONDS)
+    except fl.FlightError as error:
+        raise StreamError(f"the endpoint directory at {address} does not answer: {error}") from error
+    meaning = Meaning(**answer["meaning"]) if answer["meaning"] else None
+    return [Endpoint(**fields) for fields in answer["endpoints"]], meaning

@@ -1,0 +1,156 @@
+"""What client and server say to each other: headers, metadata, endpoints. JSON, never pickle."""
+
+import hmac
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.flight as fl
+
+from kdscale.batch import TargetSpec, TokenBatch
+from kdscale.errors import IdentityError, PayloadError, StreamError
+from kdscale.targets import arrow
+
+PROTOCOL = 1
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a teacher's numbers mean. A student refuses another meaning than its own."""
+
+    teacher: str
+    """Digest of the model's config and weights index."""
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    vocab_size: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One teacher rank's Flight address."""
+
+    replica: str
+    generation: int
+    rank: int
+    address: str
+    """``host:port``."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """Where the endpoint directory listens, and the secret that opens it and the endpoints."""
+
+    directory: str
+    """``host:port``."""
+    token: str
+
+    def __repr__(self) -> str:
+        return f"Access(directory={self.directory!r}, token=...)"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What opens an exchange: the request's identity and what it expects of the teacher."""
+
+    request: str
+    spec: TargetSpec
+    meaning: Meaning
+    num_columns: int
+    """Row length L."""
+
+    def dump(self, token: str) -> bytes:
+        return json.dumps({"protocol": PROTOCOL, "token": token, **asdict(self)}).encode()
+
+    @staticmethod
+    def load(raw: bytes, token: str) -> "Header":
+        """Raises: StreamError for another token, version or a malformed header."""
+        fields = open_message(raw, token)
+        try:
+            return Header(
+                request=str(fields["request"]),
+                spec=TargetSpec(**fields["spec"]),
+                meaning=Meaning(**fields["meaning"]),
+                num_columns=int(fields["num_columns"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise StreamError(f"malformed request header: {error!r}") from error
+
+
+def message(token: str, **fields: Any) -> bytes:
+    """A message that carries the run's token."""
+    return json.dumps({"protocol": PROTOCOL, "token": token, **fields}).encode()
+
+
+def open_message(raw: bytes, token: str) -> dict[str, Any]:
+    """The fields of a message with our token, compared in constant time. Raises: StreamError."""
+    try:
+        fields: dict[str, Any] = json.loads(raw)
+        given, protocol = str(fields["token"]), fields["protocol"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StreamError("malformed message: not a JSON object with token and protocol") from error
+    if not hmac.compare_digest(given.encode(), token.encode()):
+        raise StreamError("refused: the message carries another run's token")
+    if protocol != PROTOCOL:
+        raise StreamError(f"refused: protocol {protocol!r}, this side speaks {PROTOCOL}")
+    return fields
+
+
+def require_same_meaning(asked: Meaning, served: Meaning) -> None:
+    """Raises: IdentityError naming every field that differs."""
+    differ = [
+        f"{name}: student {value!r}, teacher {getattr(served, name)!r}"
+        for name, value in asdict(asked).items()
+        if value != getattr(served, name)
+    ]
+    if differ:
+        raise IdentityError("the served teacher is not the one the student was configured for; " + "; ".join(differ))
+
+
+# ---- token rows on the way to the teacher ----
+
+
+def rows_schema(num_columns: int) -> pa.Schema:
+    int_plane = pa.binary(4 * num_columns)
+    return pa.schema(
+        [
+            pa.field("ids", int_plane, nullable=False),
+            pa.field("segments", int_plane, nullable=False),
+            pa.field("positions", int_plane, nullable=False),
+            pa.field("predicts", pa.binary(num_columns), nullable=False),
+        ]
+    )
+
+
+def encode_rows(batch: TokenBatch) -> pa.RecordBatch:
+    columns = [batch.ids_RL, batch.segments_RL, batch.positions_RL, batch.predicts_RL.view(np.uint8)]
+    return arrow.record_batch(columns, rows_schema(batch.ids_RL.shape[1]))
+
+
+def decode_rows(batch: pa.RecordBatch, num_columns: int, vocab_size: int) -> TokenBatch:
+    """Raises: PayloadError for another schema or tokens outside the vocabulary."""
+    arrow.check(batch, rows_schema(num_columns))
+    ids, segments, positions = (arrow.plane(batch, name, "<i4", num_columns) for name in ("ids", "segments", "positions"))
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise PayloadError(f"token ids span {ids.min()}..{ids.max()}; the teacher's vocabulary has {vocab_size}")
+    if positions.size and (positions.min() < 0 or positions.max() >= num_columns):
+        raise PayloadError(f"positions span {positions.min()}..{positions.max()}; rows have {num_columns} columns")
+    predicts = arrow.plane(batch, "predicts", "u1", num_columns).astype(bool)
+    return TokenBatch(number=0, ids_RL=ids, segments_RL=segments, positions_RL=positions, predicts_RL=predicts)
+
+
+# ---- calling a server ----
+
+
+def connect(address: str) -> fl.FlightClient:
+    return fl.connect(f"grpc+tcp://{address}")
+
+
+def call(client: fl.FlightClient, action: str, token: str, timeout_s: float, **fields: Any) -> dict[str, Any]:
+    """One action, JSON both ways. Raises: pyarrow.flight.FlightError."""
+    options = fl.FlightCallOptions(timeout=timeout_s)
+    results = list(client.do_action(fl.Action(action, message(token, **fields)), options=options))
+    answer: dict[str, Any] = json.loads(results[0].body.to_pybytes())
+    return answer

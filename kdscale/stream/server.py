@@ -1,0 +1,187 @@
+"""The Flight server of one teacher rank: requests in, checksummed record batches out.
+
+One request = one ``DoExchange``. Encoding and sending run in Flight's own threads, beside the forward.
+"""
+
+import json
+import queue
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.flight as fl
+import torch
+import xxhash
+
+from kdscale.batch import HiddenTargets, SoftTargets, TokenBatch, TopkTargets
+from kdscale.errors import IdentityError, KdscaleError, PayloadError, StreamError
+from kdscale.head import Head, HeadSpec
+from kdscale.stream.protocol import Header, Meaning, decode_rows, open_message, require_same_meaning
+from kdscale.targets import arrow
+
+_PART_POSITIONS = 4096
+_HEARTBEAT_S = 2.0
+# Faults that another endpoint would repeat: the client must not retry them.
+_FATAL = (IdentityError, PayloadError)
+
+Answer = SoftTargets | Head | KdscaleError
+
+
+class Scorer(Protocol):
+    """What computes the answers: one rank of a teacher."""
+
+    def submit(self, request: str, batch: TokenBatch | None, header: Header | None) -> "queue.SimpleQueue[Answer]":
+        """Queue a request (none of both: the head); its one answer arrives in the returned queue."""
+        ...
+
+    def progress(self) -> int:
+        """A number that grows as forwards finish."""
+        ...
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of this rank."""
+        ...
+
+
+class TargetServer(fl.FlightServerBase):
+    """Serves one rank's ``Scorer`` on ``host`` at a free port."""
+
+    def __init__(self, host: str, token: str, meaning: Meaning, scorer: Scorer) -> None:
+        super().__init__(f"grpc+tcp://{host}:0")
+        self.address = f"{host}:{self.port}"
+        self._token = token
+        self._meaning = meaning
+        self._scorer = scorer
+
+    def do_exchange(
+        self,
+        context: fl.ServerCallContext,
+        descriptor: fl.FlightDescriptor,
+        reader: fl.MetadataRecordBatchReader,
+        writer: fl.MetadataRecordBatchWriter,
+    ) -> None:
+        try:
+            header = Header.load(descriptor.command, self._token)
+        except StreamError as error:
+            raise fl.FlightUnauthenticatedError(str(error)) from error
+        try:
+            require_same_meaning(header.meaning, self._meaning)
+            batch = decode_rows(reader.read_chunk().data, header.num_columns, self._meaning.vocab_size)
+            schema = arrow.schema(header.spec, self._meaning.vocab_size, self._meaning.hidden_size)
+            writer.begin(schema)
+            targets = self._answer(self._scorer.submit(header.request, batch, header), context, writer)
+            if targets is not None:
+                assert not isinstance(targets, Head)
+                _write(writer, header.request, targets, schema, self._meaning.vocab_size)
+        except _FATAL as error:
+            raise fl.FlightServerError(str(error), extra_info=type(error).__name__.encode()) from error
+        except KdscaleError as error:
+            raise fl.FlightUnavailableError(str(error)) from error
+
+    def do_get(self, context: fl.ServerCallContext, ticket: fl.Ticket) -> fl.FlightDataStream:
+        """The head: its weight's rows as bytes, everything else in the schema's metadata."""
+        try:
+            open_message(ticket.ticket, self._token)
+        except StreamError as error:
+            raise fl.FlightUnauthenticatedError(str(error)) from error
+        head = self._answer(self._scorer.submit("head", None, None), context, None)
+        assert isinstance(head, Head)
+        return fl.RecordBatchStream(pa.Table.from_batches([encode_head(head)]))
+
+    def do_action(self, context: fl.ServerCallContext, action: fl.Action) -> Iterator[fl.Result]:
+        try:
+            open_message(action.body.to_pybytes(), self._token)
+        except StreamError as error:
+            raise fl.FlightUnauthenticatedError(str(error)) from error
+        if action.type != "stats":
+            raise fl.FlightServerError(f"unknown action {action.type!r}; this is a teacher rank, it knows 'stats'")
+        yield fl.Result(json.dumps(self._scorer.stats()).encode())
+
+    def _answer(
+        self,
+        answers: "queue.SimpleQueue[Answer]",
+        context: fl.ServerCallContext,
+        writer: fl.MetadataRecordBatchWriter | None,
+    ) -> SoftTargets | Head | None:
+        # While the request waits its turn, tell the client how far the forwards are: a queue is not a stall.
+        while not context.is_cancelled():
+            try:
+                answer = answers.get(timeout=_HEARTBEAT_S)
+            except queue.Empty:
+                if writer is not None:
+                    writer.write_metadata(json.dumps({"progress": self._scorer.progress()}).encode())
+                continue
+            if isinstance(answer, KdscaleError):
+                raise answer
+            return answer
+        return None
+
+
+def _write(
+    writer: fl.MetadataRecordBatchWriter, request: str, targets: SoftTargets, schema: pa.Schema, vocab_size: int
+) -> None:
+    digest = xxhash.xxh3_128()
+    sequence = 0
+    for start in range(0, max(len(targets), 1), _PART_POSITIONS):
+        part = _slice(targets, start, start + _PART_POSITIONS)
+        batch = arrow.encode(part, schema, vocab_size)
+        meta: dict[str, Any] = {"request": request, "sequence": sequence, "start": start, "count": len(part)}
+        meta["checksum"] = arrow.checksum(batch, meta)
+        digest.update(meta["checksum"].encode())
+        writer.write_with_metadata(batch, json.dumps(meta).encode())
+        sequence += 1
+    end = {"request": request, "sequence": sequence, "end": len(targets), "digest": digest.hexdigest()}
+    writer.write_metadata(json.dumps(end).encode())
+
+
+def _slice(targets: SoftTargets, start: int, stop: int) -> SoftTargets:
+    match targets:
+        case TopkTargets():
+            return TopkTargets(
+                temperature=targets.temperature,
+                labels_T=targets.labels_T[start:stop],
+                ids_TK=targets.ids_TK[start:stop],
+                logp_TK=targets.logp_TK[start:stop],
+                tail_logp_T=targets.tail_logp_T[start:stop],
+                entropy_T=targets.entropy_T[start:stop],
+            )
+        case HiddenTargets():
+            return HiddenTargets(labels_T=targets.labels_T[start:stop], hidden_TD=targets.hidden_TD[start:stop])
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def encode_head(head: Head) -> pa.RecordBatch:
+    """One row per vocabulary entry: the weight's bytes, and the bias where there is one (float32)."""
+    weight = head.weight_VD[: head.spec.vocab_size].contiguous()
+    width = weight.shape[1] * weight.element_size()
+    fields = [pa.field("weight", pa.binary(width), nullable=False)]
+    columns: list[np.ndarray] = [weight.view(torch.uint8).numpy()]
+    if head.bias_V is not None:
+        fields.append(pa.field("bias", pa.float32(), nullable=False))
+        columns.append(head.bias_V[: head.spec.vocab_size].float().numpy())
+    meta = {"dtype": str(weight.dtype).removeprefix("torch."), "spec": asdict(head.spec)}
+    schema = pa.schema(fields, metadata={"kdscale": json.dumps(meta)})
+    batch = arrow.record_batch(columns, schema)
+    checksum = arrow.checksum(batch, {})
+    return batch.replace_schema_metadata({"kdscale": json.dumps(meta), "checksum": checksum})
+
+
+def decode_head(batch: pa.RecordBatch) -> Head:
+    """Raises: PayloadError for damaged bytes or an unknown dtype."""
+    metadata = dict(batch.schema.metadata or {})
+    checksum = metadata.pop(b"checksum", b"").decode()
+    batch = batch.replace_schema_metadata(metadata)
+    batch.validate(full=True)
+    if arrow.checksum(batch, {}) != checksum:
+        raise PayloadError("the teacher's head arrived damaged: its checksum does not agree")
+    meta = json.loads(metadata[b"kdscale"])
+    if meta["dtype"] not in _DTYPES:
+        raise PayloadError(f"the teacher's head has dtype {meta['dtype']!r}; known are {', '.join(_DTYPES)}")
+    width = batch.schema.field("weight").type.byte_width
+    weight = torch.from_numpy(arrow.plane(batch, "weight", "u1", width)).view(_DTYPES[meta["dtype"]])
+    bias = torch.from_numpy(arrow.plane(batch, "bias", "<f4")) if len(batch.schema) == 2 else None
+    return Head(weight_VD=weight, bias_V=bias, spec=HeadSpec(**meta["spec"]))

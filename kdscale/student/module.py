@@ -1,0 +1,95 @@
+"""The student with its loss inside: base -> trained positions -> head with loss. Tensors in, tensors out.
+
+R = rows, L = columns, T = positions trained on, V = vocabulary, D = hidden size, K = kept entries.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kdscale.batch import TokenBatch, TopkTargets
+from kdscale.engine.models import base_hidden, head_of
+from kdscale.head import HeadSpec
+from kdscale.losses.fused import fused_loss
+from kdscale.losses.objective import Objective
+
+
+class HeadWithLoss(nn.Module):
+    """Takes the place of the model's lm_head, with its very parameters (tied or not) under the same names.
+
+    The loss lives in this forward, because ZeRO-3 gathers a module's parameters around its forward and nowhere else.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, spec: HeadSpec, objective: Objective, chunk_bytes: int
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self._spec = spec
+        self._objective = objective
+        self._chunk_bytes = chunk_bytes
+
+    def forward(
+        self, hidden_TD: torch.Tensor, labels_T: torch.Tensor, *targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss sum, statistics) as ``fused_loss`` gives them; ``targets`` are ``flatten_targets``'s, or none."""
+        soft = None
+        if targets:
+            ids_TK, logp_TK, tail_logp_T, entropy_T = targets
+            soft = TopkTargets(self._objective.temperature, labels_T, ids_TK, logp_TK, tail_logp_T, entropy_T)
+        return fused_loss(
+            hidden_TD, self.weight, self.bias, self._spec, labels_T, soft, self._objective, chunk_bytes=self._chunk_bytes
+        )
+
+
+class StudentModule(nn.Module):
+    """What DeepSpeed trains. Parameter names are the model's own behind ``model.``."""
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int, objective: Objective, chunk_bytes: int) -> None:
+        super().__init__()
+        weight, bias, self.head_spec = head_of(model, vocab_size)
+        model.set_output_embeddings(HeadWithLoss(weight, bias, self.head_spec, objective, chunk_bytes))
+        self.model = model
+
+    @property
+    def head(self) -> HeadWithLoss:
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, HeadWithLoss)
+        return head
+
+    def forward(
+        self,
+        ids_RL: torch.Tensor,
+        positions_RL: torch.Tensor,
+        trained_T: torch.Tensor,
+        labels_T: torch.Tensor | None = None,
+        *targets: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """(loss sum, statistics); without labels the hidden states of the trained positions, ([T, D],).
+
+        ``trained_T`` indexes the flattened rows: positions that are not trained on never meet the head.
+        """
+        hidden_TD = base_hidden(self.model, ids_RL, positions_RL).flatten(0, 1)[trained_T]
+        if labels_T is None:
+            return (hidden_TD,)
+        loss, stats = self.head(hidden_TD, labels_T, *targets)
+        return loss, stats
+
+
+def flatten_batch(batch: TokenBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ids, positions, indices of the trained positions) on ``device``."""
+    trained_T = torch.from_numpy(batch.predicts_RL.reshape(-1).nonzero()[0])
+    return (
+        torch.from_numpy(batch.ids_RL).long().to(device),
+        torch.from_numpy(batch.positions_RL).long().to(device),
+        trained_T.to(device),
+    )
+
+
+def flatten_targets(targets: TopkTargets | None, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The tensors of ``targets`` in the order ``HeadWithLoss`` takes them."""
+    if targets is None:
+        return ()
+    tensors = (targets.ids_TK, targets.logp_TK, targets.tail_logp_T, targets.entropy_T)
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)

@@ -1,0 +1,84 @@
+"""One optimizer step, however it is cut: micro-batches in, global sums out."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+
+from kdscale.batch import TokenBatch, TopkTargets
+from kdscale.engine.process import sum_over_ranks
+from kdscale.engine.scale import backward_factor
+from kdscale.engine.training import gradient_norm, set_learning_rate
+from kdscale.losses.fused import STATS
+from kdscale.student.module import flatten_batch, flatten_targets
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """This rank's share of a micro-step; targets are absent when training on labels only."""
+
+    batch: TokenBatch
+    targets: TopkTargets | None
+    waited_s: float = 0.0
+    """How long the trainer stood waiting for it."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Means over the trained tokens of the whole step, all ranks."""
+
+    num_tokens: int
+    loss: float
+    means: dict[str, float]
+    """By the names of ``losses.fused.STATS``, without ``count``."""
+    gradient_norm: float
+    wait_seconds: float
+    """Time spent waiting for soft targets, mean over ranks."""
+    stop: bool
+    """Whether any rank was asked to stop."""
+
+
+class DataParallelStep:
+    """DeepSpeed data parallel, ZeRO 0 to 3. Every rank calls ``train`` with the same number of micro-batches."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, micro_steps: int, data_ranks: int) -> None:
+        self._engine = engine
+        self._micro_steps = micro_steps
+        self._data_ranks = data_ranks
+
+    def train(
+        self, micro_batches: Iterable[MicroBatch], num_tokens_step: int, rate: float, *, stop: bool = False
+    ) -> StepResult:
+        """One optimizer step at learning rate ``rate``.
+
+        The gradient is that of ``sum over the step of the objective / num_tokens_step``.
+        """
+        engine = self._engine
+        device = engine.device
+        factor = backward_factor(num_tokens_step, self._micro_steps, self._data_ranks)
+        set_learning_rate(engine, rate)
+        # Sums of the loss and of the statistics, the time waited, and whether somebody was asked to stop.
+        sums = torch.zeros(1 + len(STATS) + 2, dtype=torch.float64, device=device)
+        sums[-1] = float(stop)
+        engine.train()
+        for micro in micro_batches:
+            labels_T = torch.from_numpy(micro.batch.labels()).to(device)
+            # A micro-batch with no trained token still runs backward: the other ranks wait in the same collective.
+            loss, stats = engine(*flatten_batch(micro.batch, device), labels_T, *flatten_targets(micro.targets, device))
+            engine.backward(loss * factor)
+            engine.step()
+            sums[0] += loss.detach().double()
+            sums[1:-2] += stats.double()
+            sums[-2] += micro.waited_s
+        sum_over_ranks(sums)
+        count = max(1, num_tokens_step)
+        means = {name: float(sums[1 + index] / count) for index, name in enumerate(STATS) if name != "count"}
+        return StepResult(
+            num_tokens=int(sums[1 + STATS.index("count")]),
+            loss=float(sums[0] / count),
+            means=means,
+            gradient_norm=gradient_norm(engine),
+            wait_seconds=float(sums[-2] / self._data_ranks),
+            stop=bool(sums[-1] > 0),
+        )

@@ -1,0 +1,132 @@
+"""The training loop of one rank: pull, step, report, save. Knows no Ray."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kdscale.batch import TargetSpec, TokenBatch, TopkTargets
+from kdscale.config.schema import TrainSection
+from kdscale.data.loader import Loader
+from kdscale.engine.training import learning_rate
+from kdscale.metrics import StepMetrics
+from kdscale.stream.prefetch import Prefetcher
+from kdscale.stream.source import TargetSource
+from kdscale.student.step import DataParallelStep, MicroBatch, StepResult
+from kdscale.topology import BatchCut
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the steps trained so far, earlier parts of a resumed run included."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    def plus(self, metrics: StepMetrics) -> "Totals":
+        return Totals(
+            self.tokens + metrics.num_tokens,
+            self.seconds + metrics.seconds,
+            self.wait_seconds + metrics.wait_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the loop ended."""
+
+    step: int
+    totals: Totals
+    stopped: bool
+    """Asked to stop before the last step."""
+
+
+class Trainer:
+    """Batch number = step number = the only cursor: step ``n`` trains on ``loader.batch(n)``, wherever it starts."""
+
+    def __init__(
+        self,
+        train: TrainSection,
+        loader: Loader,
+        cut: BatchCut,
+        data_rank: int,
+        step: DataParallelStep,
+        *,
+        emit: Callable[[StepMetrics], None],
+        save: Callable[[int, Totals], Any],
+        save_every: int,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self._train = train
+        self._loader = loader
+        self._cut = cut
+        self._data_rank = data_rank
+        self._step = step
+        self._emit = emit
+        self._save = save
+        self._save_every = save_every
+        self._should_stop = should_stop
+
+    def micro_batches(self, start: int) -> Iterator[TokenBatch]:
+        """This rank's micro-batches from step ``start`` on, in the order they are trained on."""
+        for number in range(start, self._train.steps):
+            batch = self._loader.batch(number)
+            for micro in range(self._cut.micro_steps):
+                yield batch.cut(self._cut.rows_of(self._data_rank, micro))
+
+    def prefetch(self, start: int, source: TargetSource, spec: TargetSpec, in_flight: int) -> Prefetcher:
+        """Requests for everything from step ``start`` on, as far ahead as the window allows; asks at once."""
+        return Prefetcher(source, spec, self.micro_batches(start), in_flight)
+
+    def run(self, start: int, totals: Totals, prefetcher: Prefetcher | None) -> Outcome:
+        """Train from step ``start``; without a prefetcher on labels only."""
+        labels_only = self.micro_batches(start) if prefetcher is None else None
+        for number in range(start, self._train.steps):
+            began = time.monotonic()
+            result = self._step.train(
+                self._fetch(prefetcher, labels_only),
+                self._loader.batch(number).num_tokens,
+                learning_rate(number, self._train),
+                stop=self._should_stop(),
+            )
+            metrics = self._metrics(number, result, time.monotonic() - began, labels_only is None)
+            totals = totals.plus(metrics)
+            self._emit(metrics)
+            done = number + 1
+            if done == self._train.steps or result.stop or done % self._save_every == 0:
+                self._save(done, totals)
+            if result.stop and done < self._train.steps:
+                return Outcome(done, totals, stopped=True)
+        return Outcome(self._train.steps, totals, stopped=False)
+
+    def _fetch(self, prefetcher: Prefetcher | None, labels_only: Iterator[TokenBatch] | None) -> Iterator[MicroBatch]:
+        for _ in range(self._cut.micro_steps):
+            if prefetcher is None:
+                assert labels_only is not None
+                yield MicroBatch(next(labels_only), None)
+            else:
+                fetched = prefetcher.next()
+                assert isinstance(fetched.targets, TopkTargets)
+                yield MicroBatch(fetched.batch, fetched.targets, fetched.waited_s)
+
+    def _metrics(self, number: int, result: StepResult, seconds: float, soft: bool) -> StepMetrics:
+        means = result.means
+        return StepMetrics(
+            step=number + 1,
+            num_tokens=result.num_tokens,
+            loss=result.loss,
+            soft=means["soft"],
+            hard=means["hard"],
+            top1_agreement=means["top1_agree"],
+            teacher_entropy=means["teacher_entropy"],
+            teacher_kept_mass=means["teacher_kept_mass"],
+            student_kept_mass=means["student_kept_mass"],
+            # The prefetcher refuses a batch whose targets do not cover its trained tokens.
+            coverage=1.0 if soft else None,
+            gradient_norm=result.gradient_norm,
+            learning_rate=learning_rate(number, self._train),
+            seconds=seconds,
+            wait_seconds=result.wait_seconds,
+            tokens_per_second=result.num_tokens / seconds,
+        )

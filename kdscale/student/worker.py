@@ -1,0 +1,70 @@
+"""One student rank: build, check the teacher, measure, train, measure again, export. Ray calls it; it imports no Ray."""
+
+import queue
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kdscale import log
+from kdscale.config.schema import RunConfig
+from kdscale.stream.protocol import Access, Meaning
+
+if TYPE_CHECKING:
+    from kdscale.student.job import StudentJob
+
+
+@dataclass(frozen=True)
+class StudentSetup:
+    """What every student rank is told."""
+
+    config: RunConfig
+    meaning: Meaning
+    identity: dict[str, Any]
+    teacher_directory: str
+    run_directory: str
+    resume_from: str | None
+    """Directory of a verified checkpoint; none starts fresh."""
+
+
+class StudentRank:
+    """The actor. Its methods are called in this order: open_store (rank 0), join, build, run; stop and events any time."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        log.setup(f"student {rank}")
+        from kdscale.engine import process
+
+        self._member = process.Member(rank, world)
+        self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._job: StudentJob | None = None
+
+    def open_store(self, network: str) -> tuple[str, int]:
+        return self._member.open_store(network)
+
+    def join(self, address: tuple[str, int], network: str, timeout_s: float, gpus_per_rank: int) -> None:
+        self._device = self._member.join(address, network, timeout_s, gpus_per_rank)
+
+    def build(self, setup: StudentSetup) -> dict[str, Any]:
+        """Build the student and its engine, and restore the checkpoint; returns its facts."""
+        from kdscale.student.job import StudentJob
+
+        self._job = StudentJob(
+            setup, self._member.rank, self._device, emit=self._events.put, should_stop=self._stop.is_set
+        )
+        return self._job.facts()
+
+    def run(self, access: Access) -> dict[str, Any]:
+        """Everything from the canary to the export; returns the rank's report."""
+        assert self._job is not None
+        return self._job.run(access)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened since the last call."""
+        happened = []
+        while not self._events.empty():
+            happened.append(self._events.get())
+        return happened
+
+    def stop(self) -> None:
+        """Save and leave at the end of the step in progress."""
+        self._stop.set()

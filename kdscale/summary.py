@@ -1,0 +1,94 @@
+"""``summary.json``: what a run was, did and reached, in one flat object."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kdscale import log
+from kdscale.batch import TargetSpec
+from kdscale.config.schema import RunConfig
+from kdscale.errors import ModelError
+from kdscale.evaluate.efficiency import Efficiency, measure
+from kdscale.prepare import Prepared
+from kdscale.targets.arrow import bytes_per_token
+from kdscale.teacher.service import TeacherFacts
+
+_LOG = log.get(__name__)
+_LIMIT_S = 300.0
+
+
+def measure_models(
+    config: RunConfig, teacher: Path, student: Path, teacher_facts: TeacherFacts, student_facts: dict[str, Any]
+) -> dict[str, Efficiency]:
+    """Efficiency of both models on this node; a teacher too large for it is left out, and so is a failed measure."""
+    if not config.evaluate.efficiency:
+        return {}
+    todo = {"student": (student, student_facts["dtype"], config.student)}
+    size = sum(path.stat().st_size for path in teacher.glob("*.safetensors"))
+    if size <= config.evaluate.canary_max_gib * 2**30:
+        todo["teacher"] = (teacher, teacher_facts.dtype, config.student)
+    measured = {}
+    for name, (directory, dtype, section) in todo.items():
+        device = "cuda" if section.gpus_per_rank else "cpu"
+        try:
+            measured[name] = measure(str(directory), dtype, section.cpus_per_rank, device, _LIMIT_S)
+        except ModelError as error:
+            _LOG.warning("efficiency of the %s: %s", name, error)
+    return measured
+
+
+def make_summary(
+    config: RunConfig,
+    prepared: Prepared,
+    teacher_facts: TeacherFacts,
+    teacher_stats: list[dict[str, Any]],
+    student_facts: dict[str, Any],
+    report: dict[str, Any],
+    measured: dict[str, Efficiency],
+) -> dict[str, Any]:
+    """The summary without ``wall_seconds``. What was not measured is ``None``."""
+    totals = report["totals"]
+    before, after = report.get("quality_before", {}), report.get("quality_after", {})
+    real = sum(stats["tokens"] for stats in teacher_stats)
+    dummy = sum(stats["dummy_tokens"] for stats in teacher_stats)
+    soft = config.loss.hard_weight < 1
+    spec = TargetSpec(config.targets.payload, config.targets.k, config.loss.temperature)
+    meaning = prepared.meaning
+    summary = {
+        "name": config.run.name,
+        "steps": report["step"],
+        "tokens_trained": totals["tokens"],
+        "tokens_per_second": totals["tokens"] / totals["seconds"] if totals["seconds"] else None,
+        "epochs": report["step"] / report["steps_per_epoch"],
+        "teacher_parameters": teacher_facts.parameters,
+        "teacher_parameters_per_rank": list(teacher_facts.parameters_per_rank),
+        "teacher_dtype": teacher_facts.dtype,
+        "student_parameters": student_facts["parameters"],
+        "student_parameters_trained": student_facts["parameters_trained"],
+        "student_dtype": student_facts["dtype"],
+        "teacher_ranks": config.teacher.ranks,
+        "student_ranks": config.student.parallel.pipeline * config.student.parallel.data,
+        "teacher_tokens_per_rank": [stats["tokens"] for stats in teacher_stats],
+        "teacher_forwards": teacher_stats[0]["forwards"],
+        "dummy_token_share": dummy / (real + dummy) if real + dummy else None,
+        "payload": config.targets.payload if soft else None,
+        "bytes_per_token": bytes_per_token(spec, meaning.vocab_size, meaning.hidden_size) if soft else None,
+        "teacher_wait_share": totals["wait_seconds"] / totals["seconds"] if totals["seconds"] else None,
+        "hard_weight": config.loss.hard_weight,
+        "heldout_tokens": after.get("num_tokens"),
+        "kl_before": before.get("kl"),
+        "kl_after": after.get("kl"),
+        "top1_agreement_before": before.get("top1_agreement"),
+        "top1_agreement_after": after.get("top1_agreement"),
+        "perplexity_teacher": after.get("perplexity_teacher"),
+        "perplexity_before": before.get("perplexity_student"),
+        "perplexity_after": after.get("perplexity_student"),
+        "canary": report["canary"],
+        "export_max_logit_difference": report["export_max_logit_difference"],
+    }
+    for name in ("teacher", "student"):
+        figures = asdict(measured[name]) if name in measured else {}
+        summary[f"{name}_bytes_on_disk"] = figures.get("bytes_on_disk")
+        summary[f"{name}_tokens_per_second_forward"] = figures.get("tokens_per_second")
+        summary[f"{name}_peak_memory_bytes"] = figures.get("peak_memory_bytes")
+    return summary

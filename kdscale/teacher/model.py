@@ -1,0 +1,94 @@
+"""Tokens in, soft targets out: the sharded teacher. No Ray, no Flight; other engines must fit behind this face.
+
+T = positions, D = hidden size, R = rows, L = columns.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kdscale.batch import SoftTargets, TargetSpec, TokenBatch
+from kdscale.engine.models import base_hidden, head_of
+from kdscale.engine.sharding import InferenceModel, gathered
+from kdscale.head import Head
+from kdscale.targets.payloads import make_targets
+
+
+@dataclass(frozen=True)
+class Score:
+    """One request's work: targets of ``spec`` for the trained positions of ``batch``."""
+
+    batch: TokenBatch
+    spec: TargetSpec
+
+
+@dataclass(frozen=True)
+class FetchHead:
+    """One request's work: a copy of the head on the host."""
+
+
+Work = Score | FetchHead
+
+
+class TeacherModel:
+    """A lockstep model: every rank calls ``forward`` the same number of times, with whatever work it has."""
+
+    def __init__(self, inference: InferenceModel, vocab_size: int, device: torch.device) -> None:
+        self._model = inference.model
+        self._device = device
+        self._weight, self._bias, self._spec = head_of(inference.model, vocab_size)
+
+    @torch.no_grad()
+    def forward(self, work: list[Work]) -> list[SoftTargets | Head]:
+        """The answers to ``work``, in its order; without any to score, one dummy token runs.
+
+        Each call is exactly one pass through the base and one gathering of the head, whatever the work: other ranks
+        stand in the same collectives.
+        """
+        scores = [one for one in work if isinstance(one, Score)]
+        hidden = iter(self._hidden([one.batch for one in scores]))
+        answers: list[SoftTargets | Head] = []
+        with gathered([one for one in (self._weight, self._bias) if one is not None]):
+            head = Head(self._weight, self._bias, self._spec)
+            for one in work:
+                match one:
+                    case FetchHead():
+                        answers.append(self._copy(head))
+                    case Score(batch=batch, spec=spec):
+                        answers.append(make_targets(next(hidden), head, torch.from_numpy(batch.labels()), spec))
+        return answers
+
+    def _hidden(self, batches: list[TokenBatch]) -> list[torch.Tensor]:
+        """Final hidden states [T, D] of each batch's trained positions, from one pass over all rows."""
+        if not batches:
+            self._base(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32))
+            return []
+        # Columns that are padding in every row cost nothing.
+        columns = max(max(int((batch.segments_RL != 0).any(0).sum()), 1) for batch in batches)
+        ids = np.concatenate([_columns(batch.ids_RL, columns) for batch in batches])
+        positions = np.concatenate([_columns(batch.positions_RL, columns) for batch in batches])
+        hidden_RLD = self._base(ids, positions)
+        parts = hidden_RLD.split([batch.num_rows for batch in batches])
+        return [
+            part[torch.from_numpy(_columns(batch.predicts_RL, columns)).to(self._device)]
+            for part, batch in zip(parts, batches, strict=True)
+        ]
+
+    def _base(self, ids_RL: np.ndarray, positions_RL: np.ndarray) -> torch.Tensor:
+        ids = torch.from_numpy(ids_RL).long().to(self._device)
+        return base_hidden(self._model, ids, torch.from_numpy(positions_RL).long().to(self._device))
+
+    @staticmethod
+    def _copy(head: Head) -> Head:
+        bias = None if head.bias_V is None else head.bias_V.detach().cpu().clone()
+        return Head(head.weight_VD.detach().cpu().clone(), bias, head.spec)
+
+
+def _columns(plane_RL: np.ndarray, columns: int) -> np.ndarray:
+    """The first ``columns`` columns, filled up with zeros where there are fewer.
+
+    Zeros are padding in every plane: positions of 0 make each a document of its own, which nothing else sees.
+    """
+    short = columns - plane_RL.shape[1]
+    return plane_RL[:, :columns] if short <= 0 else np.pad(plane_RL, ((0, 0), (0, short)))

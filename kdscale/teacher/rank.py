@@ -1,0 +1,85 @@
+"""One teacher rank between its Flight threads and its forward thread. No Ray.
+
+Flight threads ``submit`` work and wait for the answer; the forward thread runs ``serve``, doing what the sequencer deals.
+"""
+
+import itertools
+import queue
+import threading
+from typing import Any
+
+from kdscale import log
+from kdscale.batch import TokenBatch
+from kdscale.errors import KdscaleError, TeacherError
+from kdscale.stream.protocol import Header
+from kdscale.stream.server import Answer
+from kdscale.teacher.lockstep import LockstepClient
+from kdscale.teacher.model import FetchHead, Score, TeacherModel, Work
+
+_LOG = log.get(__name__)
+
+
+class RankScorer:
+    """The ``Scorer`` behind a rank's Flight server."""
+
+    def __init__(self, rank: int, model: TeacherModel, lockstep: LockstepClient) -> None:
+        self._rank = rank
+        self._model = model
+        self._lockstep = lockstep
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._pending: dict[int, tuple[Work, queue.SimpleQueue[Answer]]] = {}
+        self._forwards = 0
+        self._tokens = 0
+        self._dummy_tokens = 0
+        self._targets = 0
+
+    def submit(self, request: str, batch: TokenBatch | None, header: Header | None) -> "queue.SimpleQueue[Answer]":
+        work: Work = FetchHead() if batch is None or header is None else Score(batch, header.spec)
+        answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        with self._lock:
+            number = next(self._numbers)
+            self._pending[number] = (work, answers)
+        self._lockstep.ring(number, batch.ids_RL.size if batch is not None else 0)
+        return answers
+
+    def progress(self) -> int:
+        return self._forwards
+
+    def stats(self) -> dict[str, Any]:
+        """Real and dummy tokens read, positions answered, forwards run."""
+        return {
+            "rank": self._rank,
+            "forwards": self._forwards,
+            "tokens": self._tokens,
+            "dummy_tokens": self._dummy_tokens,
+            "targets": self._targets,
+        }
+
+    def serve(self) -> None:
+        """Run forwards until the sequencer closes.
+
+        Raises:
+            TeacherError: a forward failed. The group is one failure unit: its ranks are out of step from here on.
+        """
+        while (forward := self._lockstep.next_forward()) is not None:
+            with self._lock:
+                jobs = [self._pending.pop(number) for number in forward.shares[self._rank]]
+            try:
+                answers = self._model.forward([work for work, _ in jobs])
+            except (RuntimeError, KdscaleError) as error:
+                fault = TeacherError(f"rank {self._rank} failed in forward {forward.number}: {error}")
+                for _, out in jobs:
+                    out.put(fault)
+                raise fault from error
+            for (_, out), answer in zip(jobs, answers, strict=True):
+                out.put(answer)
+            self._count([work for work, _ in jobs])
+            self._lockstep.done(forward)
+
+    def _count(self, works: list[Work]) -> None:
+        scores = [work for work in works if isinstance(work, Score)]
+        self._forwards += 1
+        self._tokens += sum(work.batch.num_tokens_real for work in scores)
+        self._targets += sum(work.batch.num_tokens for work in scores)
+        self._dummy_tokens += not scores

@@ -1,0 +1,105 @@
+"""One teacher rank as a Ray actor: it joins its group, builds its shard, opens its endpoint, and serves.
+
+Only plain values go in and out; torch and DeepSpeed load on the rank's own node.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from kdscale import log
+from kdscale.config.schema import TeacherSection
+from kdscale.stream.protocol import Meaning
+
+
+@dataclass(frozen=True)
+class ReplicaSetup:
+    """What every rank of a replica is told."""
+
+    teacher: TeacherSection
+    directory: str
+    """Local model directory."""
+    meaning: Meaning
+    network: str
+    token: str
+    deterministic: bool
+
+    def __repr__(self) -> str:
+        return f"ReplicaSetup(directory={self.directory!r}, token=...)"
+
+
+class TeacherRank:
+    """The actor. Its methods are called in this order: open_store (rank 0), join, build, open, serve; then stop."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        log.setup(f"teacher {rank}")
+        from kdscale.engine import process
+
+        self._member = process.Member(rank, world)
+
+    def open_store(self, network: str) -> tuple[str, int]:
+        return self._member.open_store(network)
+
+    def join(self, address: tuple[str, int], network: str, timeout_s: float, gpus_per_rank: int) -> None:
+        self._device = self._member.join(address, network, timeout_s, gpus_per_rank)
+
+    def build(self, setup: ReplicaSetup) -> dict[str, Any]:
+        """Load this rank's shard; returns parameter counts, dtype and this process's memory."""
+        import psutil
+
+        from kdscale.engine import process
+        from kdscale.engine.settings import teacher_settings
+        from kdscale.engine.sharding import InferenceModel
+        from kdscale.teacher.model import TeacherModel
+
+        process.set_threads(setup.teacher.cpus_per_rank, deterministic=setup.deterministic)
+        dtype = process.resolve_dtype(setup.teacher.dtype, self._device)
+        name = str(dtype).removeprefix("torch.")
+        inference = InferenceModel(setup.directory, teacher_settings(self._member.world, name), dtype, self._device)
+        self._setup = setup
+        self._model = TeacherModel(inference, setup.meaning.vocab_size, self._device)
+        return {
+            "parameters_held": inference.parameters_held(),
+            "parameters": inference.parameters_total(),
+            "dtype": name,
+            "rss_bytes": psutil.Process().memory_info().rss,
+        }
+
+    def open_sequencer(self) -> tuple[str, int]:
+        """Rank 0: start the sequencer; returns where it listens."""
+        from kdscale.engine import process
+        from kdscale.teacher.lockstep import LockstepServer
+        from kdscale.teacher.sequencer import Sequencer
+
+        setup = self._setup
+        sequencer = Sequencer(
+            self._member.world, setup.teacher.max_batch_tokens, one_request=setup.deterministic
+        )
+        host, _ = process.address_in(setup.network)
+        self._lockstep_server = LockstepServer(host, setup.token, self._member.world, sequencer)
+        return self._lockstep_server.address
+
+    def open_endpoint(self, sequencer: tuple[str, int]) -> str:
+        """Connect to the sequencer and listen for requests; returns the Flight address."""
+        from kdscale.engine import process
+        from kdscale.stream.server import TargetServer
+        from kdscale.teacher.lockstep import LockstepClient
+        from kdscale.teacher.rank import RankScorer
+
+        setup = self._setup
+        lockstep = LockstepClient(sequencer, setup.token, self._member.rank)
+        self._scorer = RankScorer(self._member.rank, self._model, lockstep)
+        host, _ = process.address_in(setup.network)
+        self._server = TargetServer(host, setup.token, setup.meaning, self._scorer)
+        return self._server.address
+
+    def serve(self) -> dict[str, Any]:
+        """Run forwards until ``stop``; returns the rank's counters."""
+        self._scorer.serve()
+        return self._scorer.stats()
+
+    def stats(self) -> dict[str, Any]:
+        return self._scorer.stats()
+
+    def stop(self) -> None:
+        """Rank 0: deal no further forward."""
+        self._lockstep_server.stop()

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from kdscale.errors import PayloadError
-from kdscale.head import Head, HeadSpec  # noqa: F401 (temporary)
 
 PADDING_SEGMENT = 0
 

@@ -7,30 +7,44 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kdscale import log, supervise
+from kdscale import __version__, log, supervise
 from kdscale.config import RunConfig, load_config
 from kdscale.config.load import dump_resolved
-from kdscale.errors import KdscaleError
+from kdscale.errors import ConfigError, KdscaleError
 
 app = typer.Typer(
     name="kdscale",
-    help="Distil a large language model, sharded elsewhere on the cluster, into a small one.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config, for instance configs/quickstart.yaml")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values laid over the config: train.steps=20")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="values laid over the config, for instance train.steps=20"),
+]
+TeacherEndpoints = Annotated[
+    Path | None,
+    typer.Option(help="access file that `kdscale teacher` wrote; none starts a teacher for this run alone"),
 ]
 
 
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    """Distil a large language model, served sharded elsewhere on the cluster, into a small one.
+
+    Start with `kdscale doctor`, look at a run with `kdscale show CONFIG`, start it with `kdscale train CONFIG`.
+    """
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.command(
-    epilog="Examples:\n\n  kdscale train configs/quickstart.yaml\n\n"
-    "  kdscale train configs/quickstart.yaml run.name=jsd loss.divergence=jsd\n\n"
-    "  kdscale train configs/quickstart.yaml --resume runs/quickstart/checkpoints/step-40"
+    epilog="Examples:  kdscale train configs/quickstart.yaml  |  kdscale train configs/quickstart.yaml run.name=jsd"
+    " loss.divergence=jsd  |  kdscale train my.yaml --resume runs/my/checkpoints/step-40"
 )
 def train(
     config: ConfigFile,
@@ -39,14 +53,104 @@ def train(
         str,
         typer.Option(help="auto: the newest whole checkpoint of the run; never: from zero; or a checkpoint's PATH"),
     ] = "auto",
+    teacher_endpoints: TeacherEndpoints = None,
 ) -> None:
-    """Train a student from a served teacher; Ctrl-C saves, the same command goes on."""
+    """Train a student from a served teacher. Ctrl-C saves; the same command goes on."""
+    _drive("train", load_config(config, overrides), resume, teacher_endpoints)
+
+
+@app.command(
+    epilog="Examples:  kdscale teacher configs/quickstart.yaml --write runs/teacher.json  |  kdscale train"
+    " configs/quickstart.yaml --teacher-endpoints runs/teacher.json"
+)
+def teacher(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    write: Annotated[Path, typer.Option(help="where to write the access file (address and token, mode 0600)")] = Path(
+        "runs/teacher.json"
+    ),
+) -> None:
+    """Serve the config's teacher for runs elsewhere, until Ctrl-C."""
+    settings = load_config(config, [*(overrides or []), "run.name=teacher"])
+    _drive("serve", settings, str(write), None)
+
+
+@app.command(
+    name="eval",
+    epilog="Examples:  kdscale eval configs/quickstart.yaml --model runs/quickstart/student  |  kdscale eval"
+    " configs/quickstart.yaml --checkpoint runs/quickstart/checkpoints/step-40",
+)
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: Annotated[Path | None, typer.Option(help="model directory to measure")] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="auto: the newest of the run; never: the student untrained; or a checkpoint's PATH")
+    ] = "auto",
+    teacher_endpoints: TeacherEndpoints = None,
+) -> None:
+    """Measure a student on held-out text through the served teacher: KL, top-1 agreement, perplexity."""
+    changes = list(overrides or [])
+    if model is not None:
+        if not model.is_dir():
+            raise ConfigError(f"--model {model} is not a directory")
+        changes += ["student.init=model", f"student.model={model}", "student.layers=null", "student.config=null"]
+        changes += ["student.freeze=[]"]
+        checkpoint = "never"
+    _drive("evaluate", load_config(config, changes), checkpoint, teacher_endpoints)
+
+
+@app.command(
+    epilog="Examples:  kdscale export configs/quickstart.yaml  |  kdscale export configs/quickstart.yaml --checkpoint"
+    " runs/quickstart/checkpoints/step-40 --out exported"
+)
+def export(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    checkpoint: Annotated[str, typer.Option(help="auto: the newest of the run; or a checkpoint's PATH")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="directory to write (default: runs/NAME/student)")] = None,
+) -> None:
+    """Write a checkpoint's student as a Hugging Face model directory that plain transformers loads."""
     settings = load_config(config, overrides)
+    with Console(stderr=True).status("reading the checkpoint"):
+        from kdscale.offline import export_checkpoint
+
+        written = export_checkpoint(settings, checkpoint, out)
+    print(written)
+
+
+@app.command(epilog="Examples:  kdscale show configs/quickstart.yaml  |  kdscale show my.yaml teacher.ranks=8")
+def show(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the resolved config, rank layout, batch arithmetic, memory and bandwidth; starts nothing."""
+    from kdscale.show import show as show_config
+
+    show_config(load_config(config, overrides), Console())
+
+
+@app.command(epilog="Examples:  kdscale doctor  |  kdscale doctor configs/quickstart.yaml")
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="config whose needs are checked too")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Check this machine: versions, shared memory, cores, memory, GPUs, ports, Ray's token."""
+    from kdscale.doctor import report
+
+    if not report(load_config(config, overrides) if config else None, Console()):
+        raise typer.Exit(1)
+
+
+def _drive(flow: str, settings: RunConfig, argument: str, teacher_endpoints: Path | None) -> None:
+    """Run a flow of the driver under supervision and exit with its code."""
     directory = Path(settings.run.dir) / settings.run.name
-    resolved = directory / "config.yaml"
+    resolved = directory / ("config.yaml" if flow == "train" else f"{flow}.yaml")
     dump_resolved(settings, resolved)
-    command = [sys.executable, "-m", "kdscale.driver", str(resolved), resume]
-    raise typer.Exit(supervise.supervise(command, directory / ".lock", settings.cluster.grace_seconds))
+    command = [sys.executable, "-m", "kdscale.driver", flow, str(resolved), argument]
+    if teacher_endpoints is not None:
+        if not teacher_endpoints.is_file():
+            raise ConfigError(f"--teacher-endpoints {teacher_endpoints} does not exist; `kdscale teacher` writes it")
+        command.append(str(teacher_endpoints))
+    lock = directory / f".{flow}.lock"
+    raise typer.Exit(supervise.supervise(command, lock, settings.cluster.grace_seconds))
 
 
 def main() -> None:
@@ -55,11 +159,9 @@ def main() -> None:
     try:
         app()
     except KdscaleError as error:
-        Console(stderr=True).print(f"kdscale: {error}", highlight=False, soft_wrap=True, markup=False)
+        print(f"kdscale: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
-
-__all__ = ["RunConfig", "app", "main"]
 
 if __name__ == "__main__":
     main()

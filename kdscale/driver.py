@@ -1,149 +1,126 @@
 """A run from config to summary: place, start teacher and student, watch, stop."""
 
 import json
-import secrets
-import signal
 import sys
 import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
 
 from kdscale import log, supervise
-from kdscale.cluster.placement import cluster, reserve
 from kdscale.config.load import load_resolved
-from kdscale.config.schema import RunConfig
 from kdscale.display import Display
-from kdscale.engine.checkpoint import Checkpoint, newest, set_aside, verify
-from kdscale.engine.process import address_in
+from kdscale.engine.checkpoint import find
 from kdscale.errors import KdscaleError
 from kdscale.metrics import MetricsFile, StepMetrics
-from kdscale.prepare import Prepared, corpus_of, prepare, run_identity
-from kdscale.stream.directory import DirectoryServer
-from kdscale.stream.protocol import Access
-from kdscale.student.service import StudentGroup, student_ask
-from kdscale.student.worker import StudentSetup
+from kdscale.prepare import corpus_of, prepare, run_identity
+from kdscale.start import Job, OwnTeacher, ServedTeacher, Stopped, place, start_students, start_teacher
+from kdscale.student.service import StudentGroup
 from kdscale.summary import make_summary, measure_models
-from kdscale.teacher.replica import ReplicaSetup
-from kdscale.teacher.service import TeacherReplica, teacher_ask
 
-_LOG = log.get(__name__)
 _POLL_S = 0.25
 
 
-class Stopped(Exception):
-    """The run was asked to stop; a later one goes on from its newest checkpoint."""
-
-
-def run(config: RunConfig, resume: str, stop: threading.Event, display: Display) -> dict[str, Any]:
-    """Train to the end and return the summary. Raises: KdscaleError, Stopped."""
-    began = time.monotonic()
-    directory = Path(config.run.dir) / config.run.name
-    display.phase("reading models and tokenizer")
+def train(job: Job, resume: str) -> None:
+    """Train to the end and leave ``summary.json``. Raises: KdscaleError, Stopped."""
+    began, config = time.monotonic(), job.config
+    job.display.phase("reading models and tokenizer")
     prepared = prepare(config)
-    checkpoint = find_checkpoint(directory / "checkpoints", resume)
+    checkpoint = find(job.directory / "checkpoints", resume)
     with ExitStack() as stack:
-        display.phase("starting Ray")
-        asks = teacher_ask(config.teacher), student_ask(config.student)
-        stack.enter_context(cluster(config.cluster, list(asks), supervise.temp_dir()))
-        stop_on_signals(stop)
-        slots = [stack.enter_context(reserve(ask, config.cluster.wait_seconds)) for ask in asks]
-
-        display.phase("loading the teacher and building the student")
-        host, _ = address_in(config.stream.network)
-        token = secrets.token_hex(32)
-        endpoints = DirectoryServer(host, config.stream.directory_port, token)
-        teacher = TeacherReplica(replica_setup(config, prepared, token), slots[0])
-        stack.callback(teacher.stop)
-        teacher.begin()
-        corpus = corpus_of(config, prepared, display.count)
+        slots = place(job, stack)
+        teacher = start_teacher(job, prepared, slots, stack)
+        corpus = corpus_of(config, prepared, job.display.count)
         identity = run_identity(config, prepared, corpus)
-        students = StudentGroup(student_setup(config, prepared, identity, directory, checkpoint), slots[1])
-        stack.callback(students.kill)
-        students.begin()
-        teacher_facts = teacher.open(endpoints)
-        student_facts = students.start(Access(endpoints.address, token))
-
-        metrics = MetricsFile(directory / "metrics.jsonl", student_facts["start_step"])
-        report = watch(teacher, students, stop, config.cluster.grace_seconds, metrics, display)
-        teacher_stats = teacher.stats()
-    display.phase("measuring size, speed and memory")
-    measured = measure_models(config, prepared.teacher_directory, directory / "student", teacher_facts, student_facts)
-    summary = make_summary(config, prepared, teacher_facts, teacher_stats, student_facts, report, measured)
+        students = start_students(job, prepared, identity, checkpoint, slots, stack)
+        access = teacher.open()
+        facts = students.built()
+        students.start("run", access)
+        metrics = MetricsFile(job.directory / "metrics.jsonl", facts["start_step"])
+        report = watch(job, teacher, students, metrics)
+    job.display.phase("measuring size, speed and memory")
+    measured = measure_models(config, prepared.teacher_directory, job.directory / "student", report, facts)
+    summary = make_summary(config, prepared, facts, report, measured)
     summary["wall_seconds"] = time.monotonic() - began
-    (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return summary
+    write_json(job.directory / "summary.json", summary)
+    job.display.summary(summary)
 
 
-def replica_setup(config: RunConfig, prepared: Prepared, token: str) -> ReplicaSetup:
-    return ReplicaSetup(
-        teacher=config.teacher,
-        directory=str(prepared.teacher_directory),
-        meaning=prepared.meaning,
-        network=config.stream.network,
-        token=token,
-        deterministic=config.run.deterministic,
-    )
+def evaluate(job: Job, resume: str) -> None:
+    """Held-out quality of the student the config describes, through the served teacher. Raises: KdscaleError, Stopped."""
+    prepared = prepare(job.config)
+    checkpoint = find(job.directory / "checkpoints", resume) if resume != "never" else None
+    with ExitStack() as stack:
+        slots = place(job, stack)
+        teacher = start_teacher(job, prepared, slots, stack)
+        corpus = corpus_of(job.config, prepared, job.display.count)
+        identity = run_identity(job.config, prepared, corpus)
+        students = start_students(job, prepared, identity, checkpoint, slots, stack)
+        access = teacher.open()
+        students.built()
+        students.start("evaluate", access)
+        report = watch(job, teacher, students, None)
+    job.display.close()
+    write_json(job.directory / "evaluation.json", report)
+    print(json.dumps(report, indent=1))
 
 
-def student_setup(
-    config: RunConfig, prepared: Prepared, identity: dict[str, Any], directory: Path, checkpoint: Checkpoint | None
-) -> StudentSetup:
-    return StudentSetup(
-        config=config,
-        meaning=prepared.meaning,
-        identity=identity,
-        teacher_directory=str(prepared.teacher_directory),
-        run_directory=str(directory.absolute()),
-        resume_from=str(checkpoint.directory.absolute()) if checkpoint else None,
-    )
+def serve(job: Job, endpoints_file: Path) -> None:
+    """Serve the teacher for runs elsewhere until asked to stop. Raises: KdscaleError, Stopped."""
+    prepared = prepare(job.config)
+    with ExitStack() as stack:
+        teacher = start_teacher(job, prepared, place(job, stack, student=False), stack)
+        teacher.open().save(endpoints_file)
+        stack.callback(endpoints_file.unlink, missing_ok=True)
+        job.display.phase(f"serving; runs elsewhere use --teacher-endpoints {endpoints_file} (Ctrl-C ends)")
+        while not job.stop.is_set():
+            ended, _ = ray.wait(teacher.serving, timeout=_POLL_S)
+            if ended:
+                teacher.raise_fault(ended[0])
+    raise Stopped("the teacher was asked to")
 
 
 def watch(
-    teacher: TeacherReplica,
-    students: StudentGroup,
-    stop: threading.Event,
-    grace_seconds: float,
-    metrics: MetricsFile,
-    display: Display,
+    job: Job, teacher: OwnTeacher | ServedTeacher, students: StudentGroup, metrics: MetricsFile | None
 ) -> dict[str, Any]:
     """Show what happens until every student rank has reported; returns rank 0's report.
 
     Raises:
         TeacherError, StudentError: a rank died; or whatever a rank raised.
-        Stopped: ``stop`` was set and the students left, or their grace was over.
+        Stopped: the run was asked to stop, and the students left or their grace was over.
     """
     reports: dict[Any, dict[str, Any]] = {}
+    grace_s = job.config.cluster.grace_seconds
     deadline: float | None = None
     while len(reports) < len(students.running):
         pending = [call for call in students.running if call not in reports]
         ready, _ = ray.wait([*pending, *teacher.serving], timeout=_POLL_S)
-        show(students.events(), metrics, display)
+        show(students.events(), metrics, job.display)
         for call in ready:
             if call in teacher.serving:
                 teacher.raise_fault(call)
             reports[call] = students.result(call)
-        if stop.is_set() and deadline is None:
-            display.phase("stopping: saving a checkpoint")
+        if job.stop.is_set() and deadline is None:
+            job.display.phase("stopping: saving a checkpoint")
             students.ask_to_stop()
-            deadline = time.monotonic() + grace_seconds
+            deadline = time.monotonic() + grace_s
         if deadline is not None and time.monotonic() > deadline:
-            raise Stopped(f"not saved within cluster.grace_seconds = {grace_seconds:g}")
-    show(students.events(), metrics, display)
+            raise Stopped(f"nothing was saved within cluster.grace_seconds = {grace_s:g}")
+    show(students.events(), metrics, job.display)
     report = reports[students.running[0]]
-    if report["stopped"]:
+    if report.get("stopped"):
         raise Stopped(f"saved at step {report['step']}")
     return report
 
 
-def show(events: list[dict[str, Any]], metrics: MetricsFile, display: Display) -> None:
+def show(events: list[dict[str, Any]], metrics: MetricsFile | None, display: Display) -> None:
     for event in events:
         match event["kind"]:
             case "step":
+                assert metrics is not None
                 step = StepMetrics(**event["metrics"])
                 metrics.write(step)
                 display.step(step)
@@ -153,53 +130,37 @@ def show(events: list[dict[str, Any]], metrics: MetricsFile, display: Display) -
                 display.phase(f"saved {event['path']}")
 
 
-def find_checkpoint(root: Path, resume: str) -> Checkpoint | None:
-    """Where to go on from: ``auto`` the newest whole checkpoint, ``never`` none, else the one at that path.
-
-    With ``never``, checkpoints of an earlier run are set aside, not removed.
-
-    Raises:
-        CheckpointError: a named checkpoint is damaged, or no checkpoint of several is whole.
-    """
-    match resume:
-        case "auto":
-            return newest(root)
-        case "never":
-            set_aside(root)
-            return None
-        case path:
-            return verify(Path(path))
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=1) + "\n")
 
 
-def stop_on_signals(stop: threading.Event) -> None:
-    """SIGTERM and SIGINT set ``stop`` from here on (Ray installs a handler of its own when it starts)."""
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGINT, ask)
-
-
-def main(run_config_file: str, resume: str) -> int:
+def main(flow: str, config_file: str, argument: str, endpoints: str = "") -> int:
     """The driver process; its parent is ``kdscale.supervise``. Returns the exit code."""
     log.setup("driver")
-    config = load_resolved(Path(run_config_file))
+    config = load_resolved(Path(config_file))
     supervise.follow_supervisor(config.cluster.grace_seconds)
-    display = Display(config.train.steps)
+    job = Job(config, threading.Event(), Display(config.train.steps), Path(endpoints) if endpoints else None)
     try:
-        summary = run(config, resume, threading.Event(), display)
-        display.summary(summary)
+        match flow:
+            case "train":
+                train(job, argument)
+            case "evaluate":
+                evaluate(job, argument)
+            case "serve":
+                serve(job, Path(argument))
+            case _:
+                raise ValueError(f"flow {flow!r}: train, evaluate or serve")
         return 0
     except Stopped as stopped:
-        display.close()
-        print(f"kdscale: stopped ({stopped}); the same command goes on from the newest checkpoint", file=sys.stderr)
+        job.display.close()
+        print(f"kdscale: stopped, {stopped}; the same command goes on from the newest checkpoint", file=sys.stderr)
         return supervise.INTERRUPTED
     except KdscaleError as error:
-        display.close()
+        job.display.close()
         print(f"kdscale: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     finally:
+        job.display.close()
         supervise.leave()
 
 

@@ -11,14 +11,13 @@ from kdscale.errors import ModelError
 from kdscale.evaluate.efficiency import Efficiency, measure
 from kdscale.prepare import Prepared
 from kdscale.targets.arrow import bytes_per_token
-from kdscale.teacher.service import TeacherFacts
 
 _LOG = log.get(__name__)
 _LIMIT_S = 300.0
 
 
 def measure_models(
-    config: RunConfig, teacher: Path, student: Path, teacher_facts: TeacherFacts, student_facts: dict[str, Any]
+    config: RunConfig, teacher: Path, student: Path, report: dict[str, Any], student_facts: dict[str, Any]
 ) -> dict[str, Efficiency]:
     """Efficiency of both models on this node; a teacher too large for it is left out, and so is a failed measure."""
     if not config.evaluate.efficiency:
@@ -26,7 +25,7 @@ def measure_models(
     todo = {"student": (student, student_facts["dtype"], config.student)}
     size = sum(path.stat().st_size for path in teacher.glob("*.safetensors"))
     if size <= config.evaluate.canary_max_gib * 2**30:
-        todo["teacher"] = (teacher, teacher_facts.dtype, config.student)
+        todo["teacher"] = (teacher, report["teacher_stats"][0]["dtype"], config.student)
     measured = {}
     for name, (directory, dtype, section) in todo.items():
         device = "cuda" if section.gpus_per_rank else "cpu"
@@ -40,14 +39,12 @@ def measure_models(
 def make_summary(
     config: RunConfig,
     prepared: Prepared,
-    teacher_facts: TeacherFacts,
-    teacher_stats: list[dict[str, Any]],
     student_facts: dict[str, Any],
     report: dict[str, Any],
     measured: dict[str, Efficiency],
 ) -> dict[str, Any]:
     """The summary without ``wall_seconds``. What was not measured is ``None``."""
-    totals = report["totals"]
+    totals, teacher_stats = report["totals"], report["teacher_stats"]
     before, after = report.get("quality_before", {}), report.get("quality_after", {})
     real = sum(stats["tokens"] for stats in teacher_stats)
     dummy = sum(stats["dummy_tokens"] for stats in teacher_stats)
@@ -60,13 +57,13 @@ def make_summary(
         "tokens_trained": totals["tokens"],
         "tokens_per_second": totals["tokens"] / totals["seconds"] if totals["seconds"] else None,
         "epochs": report["step"] / report["steps_per_epoch"],
-        "teacher_parameters": teacher_facts.parameters,
-        "teacher_parameters_per_rank": list(teacher_facts.parameters_per_rank),
-        "teacher_dtype": teacher_facts.dtype,
+        "teacher_parameters": teacher_stats[0]["parameters"],
+        "teacher_parameters_per_rank": [stats["parameters_held"] for stats in teacher_stats],
+        "teacher_dtype": teacher_stats[0]["dtype"],
         "student_parameters": student_facts["parameters"],
         "student_parameters_trained": student_facts["parameters_trained"],
         "student_dtype": student_facts["dtype"],
-        "teacher_ranks": config.teacher.ranks,
+        "teacher_ranks": len(teacher_stats),
         "student_ranks": config.student.parallel.pipeline * config.student.parallel.data,
         "teacher_tokens_per_rank": [stats["tokens"] for stats in teacher_stats],
         "teacher_forwards": teacher_stats[0]["forwards"],

@@ -53,9 +53,7 @@ def supervise(command: list[str], lock_file: Path, grace_seconds: float) -> int:
             ) from None
         read_end, write_end = os.pipe()
         environment = os.environ | {_MARK: mark, _TEMP: temp, _LIFELINE: str(read_end)}
-        child = subprocess.Popen(
-            command, env=environment, pass_fds=(read_end, lock.fileno()), start_new_session=True
-        )
+        child = subprocess.Popen(command, env=environment, pass_fds=(read_end, lock.fileno()), start_new_session=True)
         os.close(read_end)
         try:
             return _wait(child, grace_seconds)

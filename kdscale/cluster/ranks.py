@@ -23,6 +23,9 @@ class RankGroup:
             "OMP_WAIT_POLICY": "PASSIVE",
             "OMP_NUM_THREADS": str(ask.cpus_per_rank),
             "TOKENIZERS_PARALLELISM": "false",
+            # Deprecations inside the libraries are no news for users, nor is a progress bar from each rank.
+            "PYTHONWARNINGS": "ignore::FutureWarning",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
         if not ask.gpus_per_rank:
             env["DS_ACCELERATOR"] = "cpu"

@@ -122,7 +122,9 @@ def _explain(error: ValidationError, path: Path, lines: dict[str, str]) -> str:
                 known = _fields_of(parts[:-1])
                 near = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.5)
                 parent = ".".join(parts[:-1])
-                hint = f"did you mean {f'{parent}.' if parent else ''}{near[0]}?" if near else f"known: {', '.join(known)}"
+                hint = (
+                    f"did you mean {f'{parent}.' if parent else ''}{near[0]}?" if near else f"known: {', '.join(known)}"
+                )
                 messages.append(f"{place}: unknown key {dotted}; {hint}")
             case "missing":
                 messages.append(f"{place}: {dotted} is required")

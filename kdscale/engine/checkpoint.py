@@ -1,9 +1,9 @@
 """Sharded checkpoints: written aside, hashed, and made to exist by a manifest that is written last.
 
-    checkpoints/step-40/MANIFEST.json      what is here (sha256 of every file), of which run, at which step
-                        shards/...         DeepSpeed's files, one per rank and kind
-                        state-0.safetensors  rank 0's random state
-                latest                     a hint; the newest directory that verifies is what counts
+checkpoints/step-40/MANIFEST.json      what is here (sha256 of every file), of which run, at which step
+                    shards/...         DeepSpeed's files, one per rank and kind
+                    state-0.safetensors  rank 0's random state
+            latest                     a hint; the newest directory that verifies is what counts
 """
 
 import hashlib
@@ -78,7 +78,9 @@ def save(
     except OSError as error:
         fault = error
     if any_rank(fault is not None, engine.device):
-        raise CheckpointError(f"checkpoint step-{step} could not be written: {fault or 'another rank failed'}") from fault
+        raise CheckpointError(
+            f"checkpoint step-{step} could not be written: {fault or 'another rank failed'}"
+        ) from fault
     if rank == 0:
         merged: dict[str, str] = {}
         for part in staging.glob("rank-*.hashes"):
@@ -154,6 +156,24 @@ def newest(root: Path) -> Checkpoint | None:
             " --resume never"
         )
     return None
+
+
+def find(root: Path, resume: str) -> Checkpoint | None:
+    """Where to go on from: ``auto`` the newest whole checkpoint, ``never`` none, else the one at that path.
+
+    With ``never``, checkpoints of an earlier run are set aside, not removed.
+
+    Raises:
+        CheckpointError: a named checkpoint is damaged, or no checkpoint of several is whole.
+    """
+    match resume:
+        case "auto":
+            return newest(root)
+        case "never":
+            set_aside(root)
+            return None
+        case path:
+            return verify(Path(path))
 
 
 def set_aside(root: Path) -> None:

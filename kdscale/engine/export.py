@@ -27,7 +27,9 @@ def whole_state(model: PreTrainedModel, rank: int) -> dict[str, torch.Tensor]:
     if rank == 0:
         parameters = set(state)
         persistent = {name: value for name, value in model.state_dict().items() if value.numel()}
-        state |= {name: value for name, value in persistent.items() if name not in parameters and name in _buffers(model)}
+        state |= {
+            name: value for name, value in persistent.items() if name not in parameters and name in _buffers(model)
+        }
     return state
 
 

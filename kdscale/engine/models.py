@@ -13,10 +13,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from kdscale.config.schema import StudentSection
 from kdscale.errors import ModelError
 from kdscale.head import HeadSpec, head_logits
+
+# A rank's log is no terminal.
+disable_progress_bar()
 
 _LAYER = re.compile(r"(\.(?:layers|h|blocks)\.)(\d+)(?=\.)")
 
@@ -42,6 +46,7 @@ def resolve_model(name: str) -> Path:
             f"{name} is neither a local directory nor a model the hub gives: {str(error).splitlines()[0]}; check the"
             " name, or download the model and give its directory"
         ) from error
+
 
 def model_digest(directory: Path) -> str:
     """Identity of a model directory: its config and what its safetensors headers say of names, shapes and places.
@@ -199,7 +204,9 @@ def head_of(model: PreTrainedModel, vocab_size: int) -> tuple[nn.Parameter, nn.P
         raise ModelError(f"{type(model).__name__} has no output embeddings; kdscale distils causal language models")
     rows = getattr(module.weight, "ds_shape", module.weight.shape)[0]
     if rows < vocab_size:
-        raise ModelError(f"the tokenizer has {vocab_size} ids, the model's head only {rows} rows; they don't belong together")
+        raise ModelError(
+            f"the tokenizer has {vocab_size} ids, the model's head only {rows} rows; they don't belong together"
+        )
     config = model.config.get_text_config()
     # Cohere multiplies its logits, Granite divides them.
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)

@@ -5,7 +5,6 @@ import os
 import random
 import socket
 from datetime import timedelta
-from typing import Literal
 
 import deepspeed
 import deepspeed.ops

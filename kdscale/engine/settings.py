@@ -6,6 +6,8 @@ from kdscale.config.schema import RunConfig
 from kdscale.errors import ConfigError
 from kdscale.topology import BatchCut
 
+_NEVER = 2**31  # kdscale prints the steps
+
 
 def batch_cut(config: RunConfig) -> BatchCut:
     return BatchCut(config.train.batch_rows, config.train.micro_rows, config.student.parallel.data)
@@ -54,7 +56,7 @@ def student_settings(config: RunConfig, dtype: str) -> dict[str, Any]:
         if config.deepspeed.get(key):
             way_out = "train.schedule" if key == "scheduler" else "student.dtype: bfloat16"
             raise ConfigError(f"deepspeed.{key} is not supported; use {way_out}")
-    return {"steps_per_print": 0, "zero_allow_untested_optimizer": True, **config.deepspeed, **derived}
+    return {"steps_per_print": _NEVER, "zero_allow_untested_optimizer": True, **config.deepspeed, **derived}
 
 
 def teacher_settings(ranks: int, dtype: str) -> dict[str, Any]:
@@ -67,5 +69,5 @@ def teacher_settings(ranks: int, dtype: str) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == "bfloat16"},
-        "steps_per_print": 0,
+        "steps_per_print": _NEVER,
     }

@@ -5,12 +5,15 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed import DeepSpeedEngine as Engine
 from torch import nn
 
 from kdscale.config.schema import TrainSection
 
+__all__ = ["Engine", "gradient_norm", "learning_rate", "set_learning_rate", "training_engine"]
 
-def training_engine(module: nn.Module, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+
+def training_engine(module: nn.Module, settings: dict[str, Any]) -> Engine:
     """DeepSpeed's engine for ``module``, which it casts, places and shards as ``settings`` say."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=parameters, config=settings)
@@ -33,12 +36,12 @@ def learning_rate(step: int, train: TrainSection) -> float:
     return train.lr * share
 
 
-def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+def set_learning_rate(engine: Engine, rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
 
 
-def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+def gradient_norm(engine: Engine) -> float:
     """Norm of the last step's gradient before clipping; NaN where DeepSpeed does not compute it (no clipping)."""
     norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(torch.as_tensor(norm))

@@ -46,7 +46,9 @@ def _measure_here(directory: str, dtype: str, threads: int, device: str) -> Effi
 
     torch.set_num_threads(threads)
     model = load_causal_lm(directory, getattr(torch, dtype)).to(device).eval()
-    ids = torch.arange(_ROWS * _COLUMNS, device=device).view(_ROWS, _COLUMNS) % model.config.get_text_config().vocab_size
+    ids = (
+        torch.arange(_ROWS * _COLUMNS, device=device).view(_ROWS, _COLUMNS) % model.config.get_text_config().vocab_size
+    )
     seconds = []
     with torch.no_grad():
         for _ in range(1 + _ROUNDS):

@@ -2,7 +2,9 @@
 
 import hmac
 import json
+import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,21 @@ class Access:
     directory: str
     """``host:port``."""
     token: str
+
+    def save(self, path: Path) -> None:
+        """Write for runs elsewhere; readable by this user alone."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(asdict(self), file)
+
+    @staticmethod
+    def load(path: Path) -> "Access":
+        """Raises: StreamError when the file is missing or not an access file."""
+        try:
+            return Access(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise StreamError(f"{path} is no access file of a served teacher: {error}") from error
 
     def __repr__(self) -> str:
         return f"Access(directory={self.directory!r}, token=...)"
@@ -132,7 +149,9 @@ def encode_rows(batch: TokenBatch) -> pa.RecordBatch:
 def decode_rows(batch: pa.RecordBatch, num_columns: int, vocab_size: int) -> TokenBatch:
     """Raises: PayloadError for another schema or tokens outside the vocabulary."""
     arrow.check(batch, rows_schema(num_columns))
-    ids, segments, positions = (arrow.plane(batch, name, "<i4", num_columns) for name in ("ids", "segments", "positions"))
+    ids, segments, positions = (
+        arrow.plane(batch, name, "<i4", num_columns) for name in ("ids", "segments", "positions")
+    )
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         raise PayloadError(f"token ids span {ids.min()}..{ids.max()}; the teacher's vocabulary has {vocab_size}")
     if positions.size and (positions.min() < 0 or positions.max() >= num_columns):

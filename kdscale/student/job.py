@@ -5,23 +5,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
 from kdscale import log
 from kdscale.batch import TargetSpec, TokenBatch
-from kdscale.data.corpus import build_corpus
+from kdscale.data.corpus import Corpus, build_corpus
 from kdscale.data.loader import Loader
-from kdscale.data.tokenizer import load_tokenizer
+from kdscale.data.tokenizer import Tokenizer, load_tokenizer
 from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
 from kdscale.engine.export import export_engine_model
 from kdscale.engine.models import build_student
 from kdscale.engine.settings import batch_cut, student_settings
 from kdscale.engine.sharding import full_numel, gathered
-from kdscale.engine.training import training_engine
+from kdscale.engine.training import Engine, training_engine
 from kdscale.errors import ModelError
 from kdscale.evaluate.canary import run_canary
 from kdscale.evaluate.quality import Quality, TeacherView, quality, quality_sums, teacher_view
@@ -35,6 +34,8 @@ from kdscale.student.trainer import Totals, Trainer
 from kdscale.student.worker import StudentSetup
 
 _LOG = log.get(__name__)
+_HELD_OUT_ROWS = 4
+"""Rows of one request for held-out targets."""
 
 
 class StudentJob:
@@ -67,7 +68,7 @@ class StudentJob:
             int(config.loss.chunk_mib * 2**20),
         )
         settings = student_settings(config, str(self._dtype).removeprefix("torch."))
-        self._engine: deepspeed.DeepSpeedEngine = training_engine(module, settings)
+        self._engine: Engine = training_engine(module, settings)
         self._module = module
         self._parameters = sum(full_numel(parameter) for parameter in module.parameters())
         self._trained = sum(full_numel(one) for one in module.parameters() if one.requires_grad)
@@ -90,33 +91,26 @@ class StudentJob:
 
     def run(self, access: Access) -> dict[str, Any]:
         """Canary, quality before, training, quality after, export. Raises: any KdscaleError."""
-        config = self._config
-        tokenizer = load_tokenizer(config.data.tokenizer or self._setup.teacher_directory)
-        corpus = build_corpus(config.data, tokenizer, lambda done, total, what: None)
-        data, cut = config.data, batch_cut(config)
-        loader = Loader(corpus.train, data.packing, data.row_tokens, cut.rows, config.run.seed)
-        spec = TargetSpec(config.targets.payload, config.targets.k, config.loss.temperature)
-        source = FlightSource(access, self._setup.meaning, config.stream, who=f"student-{self._rank}")
-        step = DataParallelStep(self._engine, cut.micro_steps, cut.data)
+        config, source = self._config, self._source(access)
+        tokenizer, corpus = self._text()
+        cut, packing, columns = batch_cut(config), config.data.packing, config.data.row_tokens
+        loader = Loader(corpus.train, packing, columns, cut.rows, config.run.seed)
         trainer = Trainer(
             config.train,
             loader,
             cut,
             self._rank,
-            step,
+            DataParallelStep(self._engine, cut.micro_steps, cut.data),
             emit=lambda metrics: self._emit({"kind": "step", "metrics": metrics.as_dict()}),
             save=self._save,
             save_every=config.checkpoint.every_steps,
             should_stop=self._should_stop,
         )
-        report: dict[str, Any] = {"canary": self._canary(loader.batch(0), spec, source)}
-        view = None
-        if config.evaluate.quality:
-            self._phase("scoring held-out text by the teacher")
-            batches = self._held_out(Loader(corpus.heldout, data.packing, data.row_tokens, 1, config.run.seed))
-            view = teacher_view(batches, source, source.fetch_head())
+        report: dict[str, Any] = {"canary": self._canary(loader.batch(0), source)}
+        view = self._teacher_view(corpus, source) if config.evaluate.quality else None
         soft = config.loss.hard_weight < 1
-        prefetcher = trainer.prefetch(self._start, source, spec, config.stream.in_flight) if soft else None
+        # The teacher works on the first batches while the student is measured.
+        prefetcher = trainer.prefetch(self._start, source, self._spec, config.stream.in_flight) if soft else None
         try:
             if view is not None and "quality_before" not in self._notes:
                 self._phase("measuring the student before training")
@@ -136,16 +130,44 @@ class StudentJob:
             report |= {"quality_before": self._notes["quality_before"], "quality_after": self._quality(view).as_dict()}
         self._phase("exporting")
         report["export_max_logit_difference"] = self._export(loader.batch(0).cut(slice(0, 1)), tokenizer.save)
-        report["stream"] = {"bytes": source.bytes_received, "targets": source.tokens_received}
+        report["teacher_stats"] = source.teacher_stats()
         source.close()
         return report
+
+    def evaluate(self, access: Access) -> dict[str, Any]:
+        """Canary and quality of the student as it was built, without training. Raises: any KdscaleError."""
+        source = self._source(access)
+        _, corpus = self._text()
+        canary = self._canary(self._held_out(corpus)[0], source)
+        view = self._teacher_view(corpus, source)
+        self._phase("measuring the student")
+        report = {"canary": canary, **self._quality(view).as_dict()}
+        source.close()
+        return report
+
+    def _source(self, access: Access) -> FlightSource:
+        return FlightSource(access, self._setup.meaning, self._config.stream, who=f"student-{self._rank}")
+
+    def _text(self) -> tuple[Tokenizer, Corpus]:
+        """Tokenizer and corpus; the driver has tokenized it, so this finds it in the cache."""
+        tokenizer = load_tokenizer(self._config.data.tokenizer or self._setup.teacher_directory)
+        return tokenizer, build_corpus(self._config.data, tokenizer, lambda done, total, what: None)
+
+    @property
+    def _spec(self) -> TargetSpec:
+        targets = self._config.targets
+        return TargetSpec(targets.payload, targets.k, self._config.loss.temperature)
+
+    def _teacher_view(self, corpus: Corpus, source: FlightSource) -> TeacherView:
+        self._phase("scoring held-out text by the teacher")
+        return teacher_view(self._held_out(corpus), source, source.fetch_head())
 
     def _phase(self, name: str) -> None:
         self._emit({"kind": "phase", "phase": name})
 
     # ---- checks and measures ----
 
-    def _canary(self, batch: TokenBatch, spec: TargetSpec, source: FlightSource) -> str:
+    def _canary(self, batch: TokenBatch, source: FlightSource) -> str:
         """Rank 0 compares served and plain targets; the line for the summary."""
         rows = self._config.evaluate.canary_rows
         if self._rank != 0:
@@ -158,11 +180,13 @@ class StudentJob:
             return f"not checked: the teacher's files are {gib:.1f} GiB, above evaluate.canary_max_gib"
         self._phase("checking the served teacher against a plain forward")
         dtype = process.resolve_dtype(self._config.teacher.dtype, self._device)
-        return run_canary(batch.cut(slice(0, rows)), spec, source, str(directory), dtype).line()
+        return run_canary(batch.cut(slice(0, rows)), self._spec, source, str(directory), dtype).line()
 
-    def _held_out(self, loader: Loader) -> list[TokenBatch]:
+    def _held_out(self, corpus: Corpus) -> list[TokenBatch]:
         """This rank's share of the held-out rows; every rank runs the same number of forwards."""
-        batches = loader.heldout_batches(self._config.data.heldout_tokens, rows_per_batch=4)
+        data = self._config.data
+        loader = Loader(corpus.heldout, data.packing, data.row_tokens, 1, self._config.run.seed)
+        batches = loader.heldout_batches(data.heldout_tokens, rows_per_batch=_HELD_OUT_ROWS)
         ranks = self._config.student.parallel.data
         share = batches[self._rank :: ranks]
         if len(share) < -(-len(batches) // ranks):

@@ -39,7 +39,14 @@ class HeadWithLoss(nn.Module):
             ids_TK, logp_TK, tail_logp_T, entropy_T = targets
             soft = TopkTargets(self._objective.temperature, labels_T, ids_TK, logp_TK, tail_logp_T, entropy_T)
         return fused_loss(
-            hidden_TD, self.weight, self.bias, self._spec, labels_T, soft, self._objective, chunk_bytes=self._chunk_bytes
+            hidden_TD,
+            self.weight,
+            self.bias,
+            self._spec,
+            labels_T,
+            soft,
+            self._objective,
+            chunk_bytes=self._chunk_bytes,
         )
 
 

@@ -1,6 +1,6 @@
 """The student as the driver sees it: started, polled, stopped as one unit."""
 
-from typing import Any
+from typing import Any, Literal
 
 from ray.util.placement_group import PlacementGroup
 
@@ -33,11 +33,13 @@ class StudentGroup:
         form_group(self._ranks, self._setup.config.stream.network, self._limit_s, student.gpus_per_rank)
         self._building = [actor.build.remote(self._setup) for actor in self._ranks.actors]
 
-    def start(self, access: Access) -> dict[str, Any]:
-        """Wait until every rank is built and let them run; returns rank 0's facts. Raises: StudentError."""
-        facts = self._ranks.gather(self._building, "build", self._limit_s)
-        self.running = [actor.run.remote(access) for actor in self._ranks.actors]
-        return facts[0]
+    def built(self) -> dict[str, Any]:
+        """Wait until every rank is built; returns rank 0's facts. Raises: StudentError."""
+        return self._ranks.gather(self._building, "build", self._limit_s)[0]
+
+    def start(self, method: Literal["run", "evaluate"], access: Access) -> None:
+        """Let every rank train, or measure only; the calls are in ``running``."""
+        self.running = [getattr(actor, method).remote(access) for actor in self._ranks.actors]
 
     def result(self, call: Any) -> dict[str, Any]:
         """A ``running`` call's report. Raises: StudentError, or the error the rank raised."""

@@ -3,13 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import deepspeed
 import torch
 
 from kdscale.batch import TokenBatch, TopkTargets
 from kdscale.engine.process import sum_over_ranks
 from kdscale.engine.scale import backward_factor
-from kdscale.engine.training import gradient_norm, set_learning_rate
+from kdscale.engine.training import Engine, gradient_norm, set_learning_rate
 from kdscale.losses.fused import STATS
 from kdscale.student.module import flatten_batch, flatten_targets
 
@@ -42,7 +41,7 @@ class StepResult:
 class DataParallelStep:
     """DeepSpeed data parallel, ZeRO 0 to 3. Every rank calls ``train`` with the same number of micro-batches."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, micro_steps: int, data_ranks: int) -> None:
+    def __init__(self, engine: Engine, micro_steps: int, data_ranks: int) -> None:
         self._engine = engine
         self._micro_steps = micro_steps
         self._data_ranks = data_ranks

@@ -58,6 +58,11 @@ class StudentRank:
         assert self._job is not None
         return self._job.run(access)
 
+    def evaluate(self, access: Access) -> dict[str, Any]:
+        """Canary and quality of the student as built."""
+        assert self._job is not None
+        return self._job.evaluate(access)
+
     def events(self) -> list[dict[str, Any]]:
         """What happened since the last call."""
         happened = []

@@ -22,8 +22,9 @@ _LOG = log.get(__name__)
 class RankScorer:
     """The ``Scorer`` behind a rank's Flight server."""
 
-    def __init__(self, rank: int, model: TeacherModel, lockstep: LockstepClient) -> None:
+    def __init__(self, rank: int, model: TeacherModel, lockstep: LockstepClient, facts: dict[str, Any]) -> None:
         self._rank = rank
+        self._facts = facts
         self._model = model
         self._lockstep = lockstep
         self._numbers = itertools.count()
@@ -47,8 +48,8 @@ class RankScorer:
         return self._forwards
 
     def stats(self) -> dict[str, Any]:
-        """Real and dummy tokens read, positions answered, forwards run."""
-        return {
+        """Real and dummy tokens read, positions answered, forwards run; with the facts of the build."""
+        return self._facts | {
             "rank": self._rank,
             "forwards": self._forwards,
             "tokens": self._tokens,

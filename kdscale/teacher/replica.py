@@ -57,12 +57,13 @@ class TeacherRank:
         inference = InferenceModel(setup.directory, teacher_settings(self._member.world, name), dtype, self._device)
         self._setup = setup
         self._model = TeacherModel(inference, setup.meaning.vocab_size, self._device)
-        return {
+        self._facts = {
             "parameters_held": inference.parameters_held(),
             "parameters": inference.parameters_total(),
             "dtype": name,
             "rss_bytes": psutil.Process().memory_info().rss,
         }
+        return self._facts
 
     def open_sequencer(self) -> tuple[str, int]:
         """Rank 0: start the sequencer; returns where it listens."""
@@ -71,9 +72,7 @@ class TeacherRank:
         from kdscale.teacher.sequencer import Sequencer
 
         setup = self._setup
-        sequencer = Sequencer(
-            self._member.world, setup.teacher.max_batch_tokens, one_request=setup.deterministic
-        )
+        sequencer = Sequencer(self._member.world, setup.teacher.max_batch_tokens, one_request=setup.deterministic)
         host, _ = process.address_in(setup.network)
         self._lockstep_server = LockstepServer(host, setup.token, self._member.world, sequencer)
         return self._lockstep_server.address
@@ -87,7 +86,7 @@ class TeacherRank:
 
         setup = self._setup
         lockstep = LockstepClient(sequencer, setup.token, self._member.rank)
-        self._scorer = RankScorer(self._member.rank, self._model, lockstep)
+        self._scorer = RankScorer(self._member.rank, self._model, lockstep, self._facts)
         host, _ = process.address_in(setup.network)
         self._server = TargetServer(host, setup.token, setup.meaning, self._scorer)
         return self._server.address

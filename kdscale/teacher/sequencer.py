@@ -60,7 +60,9 @@ class Sequencer:
     def _one(self) -> tuple[tuple[int, ...], ...]:
         # Ranks take turns, so that no rank's queue starves behind another's.
         ranks = len(self._queues)
-        turn = next(rank % ranks for rank in range(self._next_rank, self._next_rank + ranks) if self._queues[rank % ranks])
+        turn = next(
+            rank % ranks for rank in range(self._next_rank, self._next_rank + ranks) if self._queues[rank % ranks]
+        )
         self._next_rank = turn + 1
         request, _ = self._queues[turn].popleft()
         return tuple((request,) if rank == turn else () for rank in range(ranks))

@@ -1,6 +1,5 @@
 """The teacher as the driver sees it: started, watched, stopped as one unit."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -22,19 +21,12 @@ def teacher_ask(teacher: TeacherSection) -> Ask:
     return Ask("teacher", teacher.ranks, teacher.cpus_per_rank, teacher.gpus_per_rank)
 
 
-@dataclass(frozen=True)
-class TeacherFacts:
-    """What is known once a replica is built."""
-
-    parameters: int
-    parameters_per_rank: tuple[int, ...]
-    dtype: str
-
-
 class TeacherReplica:
     """One replica: N ranks, one engine, one failure unit."""
 
-    def __init__(self, setup: ReplicaSetup, group: PlacementGroup, name: str = "replica-0", generation: int = 0) -> None:
+    def __init__(
+        self, setup: ReplicaSetup, group: PlacementGroup, name: str = "replica-0", generation: int = 0
+    ) -> None:
         self._setup = setup
         self.name = name
         self._generation = generation
@@ -47,7 +39,7 @@ class TeacherReplica:
         form_group(self._ranks, self._setup.network, limit_s, self._setup.teacher.gpus_per_rank)
         self._building = [actor.build.remote(self._setup) for actor in self._ranks.actors]
 
-    def open(self, directory: DirectoryServer) -> TeacherFacts:
+    def open(self, directory: DirectoryServer) -> None:
         """Wait until every rank is built, start serving, and publish the endpoints.
 
         Raises:
@@ -55,12 +47,8 @@ class TeacherReplica:
         """
         limit_s = self._setup.teacher.start_seconds
         built = self._ranks.gather(self._building, "build", limit_s)
-        facts = TeacherFacts(
-            parameters=built[0]["parameters"],
-            parameters_per_rank=tuple(one["parameters_held"] for one in built),
-            dtype=built[0]["dtype"],
-        )
-        _require_sharded(facts)
+        total, held = built[0]["parameters"], [one["parameters_held"] for one in built]
+        _require_sharded(total, held)
         sequencer = self._ranks.gather([self._ranks.actors[0].open_sequencer.remote()], "open_sequencer", limit_s)[0]
         addresses = self._ranks.all("open_endpoint", sequencer, timeout_s=limit_s)
         self._serving = [actor.serve.remote() for actor in self._ranks.actors]
@@ -69,11 +57,10 @@ class TeacherReplica:
         _LOG.info(
             "teacher serves at %s: %.1f M parameters, %s M per rank, %s",
             ", ".join(addresses),
-            facts.parameters / 1e6,
-            " + ".join(f"{held / 1e6:.1f}" for held in facts.parameters_per_rank),
-            facts.dtype,
+            total / 1e6,
+            " + ".join(f"{one / 1e6:.1f}" for one in held),
+            built[0]["dtype"],
         )
-        return facts
 
     @property
     def serving(self) -> list[Any]:
@@ -86,9 +73,6 @@ class TeacherReplica:
         self._ranks.result(call, rank, "serve")
         raise TeacherError(f"teacher, rank {rank} stopped serving")
 
-    def stats(self) -> list[dict[str, Any]]:
-        return self._ranks.all("stats", timeout_s=30)
-
     def stop(self, limit_s: float = 3.0) -> None:
         """End after the forward in progress, and kill what does not."""
         if self._serving:
@@ -97,12 +81,12 @@ class TeacherReplica:
         self._ranks.kill()
 
 
-def _require_sharded(facts: TeacherFacts) -> None:
+def _require_sharded(total: int, held: list[int]) -> None:
     """Each rank holds its share of the parameters (padding aside) and no more. Raises: TeacherError."""
-    share = facts.parameters / len(facts.parameters_per_rank)
-    for rank, held in enumerate(facts.parameters_per_rank):
-        if abs(held - share) > 0.01 * share:
+    share = total / len(held)
+    for rank, parameters in enumerate(held):
+        if abs(parameters - share) > 0.01 * share:
             raise TeacherError(
-                f"teacher rank {rank} holds {held:,} parameters; its share of {facts.parameters:,} over"
-                f" {len(facts.parameters_per_rank)} ranks is {share:,.0f}: ZeRO-3 did not shard the model"
+                f"teacher rank {rank} holds {parameters:,} parameters; its share of {total:,} over {len(held)} ranks is"
+                f" {share:,.0f}: ZeRO-3 did not shard the model"
             )

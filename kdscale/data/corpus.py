@@ -1,0 +1,181 @@
+"""Text files to a tokenized corpus in memory-mapped Arrow, made once per (text, tokenizer, settings)."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from kdscale.config.schema import DataSection
+from kdscale.data.sources import Document, find_sources, read_documents, source_digest
+from kdscale.data.tokenizer import Tokenizer
+from kdscale.errors import DataError
+
+_VERSION = 1
+_SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_()))])
+_BATCH = 256
+Progress = Callable[[int, int | None, str], None]
+"""(done, total or None, what)."""
+
+
+class Split:
+    """Documents of the training or the held-out part, memory-mapped."""
+
+    def __init__(self, path: Path, *, all_trained: bool) -> None:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all().combine_chunks()
+        self._ids, self._trained = (
+            column.chunk(0) if column.num_chunks else pa.array([], column.type) for column in table.columns
+        )
+        self.lengths = self._ids.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        """Tokens by document, int64."""
+        self.all_trained = all_trained
+        """Whether every token of every document may be trained on."""
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32, trained bool) of one document."""
+        ids = self._ids[index].values.to_numpy()
+        return ids, self._trained[index].values.to_numpy(zero_copy_only=False)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tokenized text of a run."""
+
+    train: Split
+    heldout: Split
+    fingerprint: str
+
+
+def build_corpus(data: DataSection, tokenizer: Tokenizer, progress: Progress) -> Corpus:
+    """Tokenize what ``data`` names, or find it in the cache.
+
+    Several processes may build the same corpus at once: each writes aside, the first to finish is used.
+
+    Raises:
+        DataError: missing, broken or empty text, naming file and line.
+    """
+    fingerprint = _fingerprint(data, tokenizer, progress)
+    directory = Path(data.cache_dir) / fingerprint[:32]
+    if not (directory / "corpus.json").is_file():
+        staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            _write(data, tokenizer, staging, progress)
+            try:
+                staging.rename(directory)
+            except OSError:
+                if not (directory / "corpus.json").is_file():
+                    raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    facts = json.loads((directory / "corpus.json").read_text())
+    train, heldout = (Split(directory / f"{name}.arrow", all_trained=facts[name]) for name in ("train", "heldout"))
+    return Corpus(train, heldout, fingerprint)
+
+
+def _fingerprint(data: DataSection, tokenizer: Tokenizer, progress: Progress) -> str:
+    digest = hashlib.sha256()
+    settings = data.model_dump(include={"loss_on", "append_eos", "heldout_every"})
+    digest.update(json.dumps([_VERSION, settings, tokenizer.fingerprint]).encode())
+    for part in (data.train, data.heldout):
+        sources = find_sources(part)
+        for done, source in enumerate(sources, start=1):
+            digest.update(source_digest(source).encode())
+            progress(done, len(sources), "reading text")
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def _write(data: DataSection, tokenizer: Tokenizer, directory: Path, progress: Progress) -> None:
+    if data.append_eos and tokenizer.eos_id is None:
+        raise DataError("data.append_eos = true, but the tokenizer has no end token; set it to false")
+    writers = {name: _SplitWriter(directory / f"{name}.arrow") for name in ("train", "heldout")}
+    done = 0
+    for name, sources in (("train", data.train), ("heldout", data.heldout)):
+        for source in find_sources(sources):
+            for number, document in enumerate(read_documents(source)):
+                del number
+                target = name
+                if name == "train" and not data.heldout and done % data.heldout_every == data.heldout_every - 1:
+                    target = "heldout"
+                writers[target].add(*_tokens(document, data, tokenizer))
+                done += 1
+                if done % 100 == 0:
+                    progress(done, None, "tokenizing document")
+    progress(done, done, "tokenizing document")
+    facts = {name: writer.close() for name, writer in writers.items()}
+    if not writers["train"].num_trained:
+        raise DataError(f"{', '.join(data.train)}: no token to train on (data.loss_on=all trains on prompts too)")
+    if not writers["heldout"].num_documents:
+        raise DataError(
+            f"no held-out text: {writers['train'].num_documents} training documents are fewer than data.heldout_every ="
+            f" {data.heldout_every}; lower it or name files in data.heldout"
+        )
+    (directory / "corpus.json").write_text(json.dumps(facts))
+
+
+def _tokens(document: Document, data: DataSection, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    everything = data.loss_on == "all"
+    try:
+        match document.kind:
+            case "text":
+                ids = tokenizer.encode(document.text)
+                trained = [True] * len(ids)
+            case "completion":
+                prompt = tokenizer.encode(document.prompt)
+                answer = tokenizer.encode(document.text)
+                ids, trained = prompt + answer, [everything] * len(prompt) + [True] * len(answer)
+            case "messages":
+                ids, trained = tokenizer.render(document.messages)
+                trained = [everything or one for one in trained]
+                return ids, trained
+    except DataError as error:
+        raise DataError(f"{document.place}: {error}") from error
+    if data.append_eos:
+        assert tokenizer.eos_id is not None
+        ids, trained = [*ids, tokenizer.eos_id], [*trained, True]
+    return ids, trained
+
+
+class _SplitWriter:
+    def __init__(self, path: Path) -> None:
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._file, _SCHEMA)
+        self._ids: list[list[int]] = []
+        self._trained: list[list[bool]] = []
+        self.num_documents = 0
+        self.num_trained = 0
+        self._all_trained = True
+
+    def add(self, ids: list[int], trained: list[bool]) -> None:
+        self._ids.append(ids)
+        self._trained.append(trained)
+        self.num_documents += 1
+        # The first token of a document is predicted by nothing.
+        self.num_trained += sum(trained[1:])
+        self._all_trained &= all(trained)
+        if len(self._ids) == _BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._ids:
+            columns = [pa.array(self._ids, _SCHEMA.field(0).type), pa.array(self._trained, _SCHEMA.field(1).type)]
+            self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+        self._ids, self._trained = [], []
+
+    def close(self) -> bool:
+        """Finish the file; whether every token was trained."""
+        self._flush()
+        self._writer.close()
+        self._file.close()
+        return self._all_trained

@@ -1,0 +1,85 @@
+"""Batch ``n`` as a pure function of (corpus, config, n): the only cursor training has."""
+
+from functools import lru_cache
+
+import numpy as np
+
+from kdscale.batch import TokenBatch
+from kdscale.data.corpus import Split
+from kdscale.data.packing import Packing, Row, build_row, pack
+from kdscale.errors import DataError
+
+
+class Loader:
+    """Rows of one split, shuffled by (seed, epoch), the same for every number of ranks.
+
+    Row ``j`` of batch ``n`` is row ``n * batch_rows + j`` of the endless sequence of epochs; each row stands once in
+    every epoch, and a batch may straddle two.
+
+    Raises:
+        DataError: no row trains any token.
+    """
+
+    def __init__(self, split: Split, packing: Packing, row_tokens: int, batch_rows: int, seed: int) -> None:
+        self._split = split
+        self._packing: Packing = packing
+        self._row_tokens = row_tokens
+        self._batch_rows = batch_rows
+        self._seed = seed
+        self._table = pack(split.lengths, row_tokens, packing)
+        rows = range(len(self._table))
+        self._rows = np.array(rows if split.all_trained else [r for r in rows if self._row(r).predicts.any()], np.int64)
+        if not len(self._rows):
+            raise DataError(
+                f"no row of {row_tokens} tokens trains any token: all text is prompt, or documents are single tokens"
+                " (data.loss_on=all trains on prompts too)"
+            )
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.num_rows / self._batch_rows
+
+    def batch(self, number: int) -> TokenBatch:
+        """Batch ``number``, from 0, without end."""
+        first = number * self._batch_rows
+        rows = []
+        for place in range(first, first + self._batch_rows):
+            epoch, index = divmod(place, self.num_rows)
+            rows.append(self._row(int(self._rows[self._permutation(epoch)[index]])))
+        return _stack(number, rows)
+
+    def heldout_batches(self, max_tokens: int, rows_per_batch: int) -> list[TokenBatch]:
+        """Batches of rows spread evenly over the split, about ``max_tokens`` tokens in all (at least one row)."""
+        wanted = min(self.num_rows, max(1, max_tokens // self._row_tokens))
+        chosen = self._rows[np.arange(wanted) * self.num_rows // wanted]
+        return [
+            _stack(number, [self._row(int(row)) for row in chosen[start : start + rows_per_batch]])
+            for number, start in enumerate(range(0, wanted, rows_per_batch))
+        ]
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        return np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(self.num_rows)
+
+    def _row(self, row: int) -> Row:
+        table = self._table
+        pieces = []
+        for piece in range(int(table.starts[row]), int(table.starts[row + 1])):
+            ids, trained = self._split.document(int(table.documents[piece]))
+            here = slice(int(table.offsets[piece]), int(table.offsets[piece] + table.lengths[piece]))
+            pieces.append((ids[here], trained[here]))
+        return build_row(pieces, self._row_tokens, self._packing)
+
+
+def _stack(number: int, rows: list[Row]) -> TokenBatch:
+    return TokenBatch(
+        number=number,
+        ids_RL=np.stack([row.ids for row in rows]),
+        segments_RL=np.stack([row.segments for row in rows]),
+        positions_RL=np.stack([row.positions for row in rows]),
+        predicts_RL=np.stack([row.predicts for row in rows]),
+    )

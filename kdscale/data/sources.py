@@ -1,0 +1,191 @@
+"""Files and datasets to documents: text, jsonl, parquet, Hugging Face dataset directories and hub names."""
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdscale.errors import DataError
+
+_FIELDS = "text, prompt + completion, or messages"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document, before tokenization."""
+
+    kind: Literal["text", "completion", "messages"]
+    place: str
+    """``file`` or ``file:line``."""
+    text: str = ""
+    """The text, or the completion."""
+    prompt: str = ""
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, a dataset directory or a hub name (``NAME`` or ``NAME:SPLIT``)."""
+
+    kind: Literal["text", "jsonl", "parquet", "directory", "hub"]
+    name: str
+
+
+def find_sources(patterns: list[str]) -> list[Source]:
+    """What the patterns stand for, globs sorted. Raises: DataError for a pattern that finds nothing."""
+    found: list[Source] = []
+    for pattern in patterns:
+        if any(sign in pattern for sign in "*?["):
+            matches = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+            if not matches:
+                raise DataError(f"{pattern} matches no file")
+            found += [_file(match) for match in matches]
+        elif Path(pattern).is_dir():
+            found.append(Source("directory", pattern))
+        elif Path(pattern).is_file():
+            found.append(_file(pattern))
+        elif _looks_like_hub(pattern):
+            found.append(Source("hub", pattern))
+        else:
+            raise DataError(
+                f"{pattern} does not exist (data.train and data.heldout take files, globs, dataset directories"
+                " and hub names)"
+            )
+    return found
+
+
+def _looks_like_hub(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith((".", "/")) and not Path(name.split(":")[0]).suffix
+
+
+def _file(name: str) -> Source:
+    match Path(name).suffix:
+        case ".jsonl" | ".ndjson":
+            return Source("jsonl", name)
+        case ".parquet":
+            return Source("parquet", name)
+        case _:
+            return Source("text", name)
+
+
+def source_digest(source: Source) -> str:
+    """Identity of a source's content: of the bytes for files, of the dataset's own fingerprint otherwise."""
+    match source.kind:
+        case "directory" | "hub":
+            return str(_dataset(source)._fingerprint)
+        case _:
+            with open(source.name, "rb") as file:
+                return f"{source.kind} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def read_documents(source: Source) -> Iterator[Document]:
+    """The documents of a source, in order. Raises: DataError naming file and line."""
+    match source.kind:
+        case "text":
+            text = _read_text(source.name)
+            if not text.strip():
+                raise DataError(f"{source.name} is empty")
+            yield Document("text", source.name, text)
+        case "jsonl":
+            yield from _read_jsonl(source.name)
+        case "parquet":
+            yield from _read_parquet(source.name)
+        case "directory" | "hub":
+            for number, row in enumerate(_dataset(source)):
+                yield _document(row, f"{source.name} row {number}")
+
+
+def _read_text(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 text: byte {error.start} cannot be read") from error
+    except OSError as error:
+        raise DataError(f"cannot read {name}: {error}") from error
+
+
+def _read_jsonl(name: str) -> Iterator[Document]:
+    empty = True
+    try:
+        with open(name, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                empty = False
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{name}:{number}: broken JSON: {error}") from error
+                yield _document(row, f"{name}:{number}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {name}: {error}") from error
+    if empty:
+        raise DataError(f"{name} is empty")
+
+
+def _read_parquet(name: str) -> Iterator[Document]:
+    try:
+        file = pq.ParquetFile(name)
+        if not file.metadata.num_rows:
+            raise DataError(f"{name} is empty")
+        number = 0
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                yield _document(row, f"{name} row {number}")
+                number += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {name} as parquet: {error}") from error
+
+
+def _dataset(source: Source) -> Any:
+    import datasets
+
+    try:
+        if source.kind == "directory":
+            loaded = datasets.load_from_disk(source.name)
+        else:
+            name, _, split = source.name.partition(":")
+            loaded = datasets.load_dataset(name, split=split or "train")
+    # The library raises many kinds for one thing: what was named is not to be had.
+    except Exception as error:
+        first = (str(error).splitlines() or [repr(error)])[0]
+        raise DataError(f"{source.name} is neither a file nor a dataset that can be loaded: {first}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        raise DataError(f"{source.name} holds splits {', '.join(loaded)}; name the directory of one of them")
+    if not len(loaded):
+        raise DataError(f"{source.name} is empty")
+    return loaded
+
+
+def _document(row: Any, place: str) -> Document:
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: a {type(row).__name__} where an object with {_FIELDS} should be")
+    if row.get("messages") is not None:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not all(isinstance(one, dict) and "role" in one for one in messages):
+            raise DataError(f"{place}: messages must be a list of objects with role and content")
+        if not messages:
+            raise DataError(f"{place}: messages is empty")
+        return Document("messages", place, messages=messages)
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        return Document("completion", place, _text(row, "completion", place), _text(row, "prompt", place))
+    if row.get("text") is not None:
+        return Document("text", place, _text(row, "text", place))
+    raise DataError(f"{place}: none of {_FIELDS} in {', '.join(map(str, row)) or 'an empty object'}")
+
+
+def _text(row: dict[str, Any], name: str, place: str) -> str:
+    value = row[name]
+    if not isinstance(value, str):
+        raise DataError(f"{place}: {name} is a {type(value).__name__}, it must be text")
+    if not value.strip() and name != "prompt":
+        raise DataError(f"{place}: {name} is empty")
+    return value

@@ -1,0 +1,170 @@
+"""Places on the cluster, and teacher and student started on them; each ends with the stack it was started on."""
+
+import secrets
+import signal
+import threading
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ray.util.placement_group import PlacementGroup
+
+from kdscale import supervise
+from kdscale.cluster.placement import cluster, reserve
+from kdscale.config.schema import RunConfig
+from kdscale.display import Display
+from kdscale.engine.checkpoint import Checkpoint
+from kdscale.engine.process import address_in
+from kdscale.errors import TeacherError
+from kdscale.prepare import Prepared
+from kdscale.stream.directory import DirectoryServer, list_endpoints
+from kdscale.stream.protocol import Access, require_same_meaning
+from kdscale.student.service import StudentGroup, student_ask
+from kdscale.student.worker import StudentSetup
+from kdscale.teacher.replica import ReplicaSetup
+from kdscale.teacher.service import TeacherReplica, teacher_ask
+
+
+class Stopped(Exception):
+    """The run was asked to stop; a later one goes on from its newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the driver carries through a flow."""
+
+    config: RunConfig
+    stop: threading.Event
+    """Set by SIGTERM and SIGINT."""
+    display: Display
+    teacher_endpoints: Path | None
+    """Access file of a teacher that ``kdscale teacher`` serves; none starts one of our own."""
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.run.dir) / self.config.run.name
+
+
+class OwnTeacher:
+    """A replica of this run's own, behind a directory of its own."""
+
+    def __init__(self, replica: TeacherReplica, endpoints: DirectoryServer, token: str) -> None:
+        self._replica = replica
+        self._endpoints = endpoints
+        self._token = token
+
+    def open(self) -> Access:
+        """Wait until it serves. Raises: TeacherError."""
+        self._replica.open(self._endpoints)
+        return Access(self._endpoints.address, self._token)
+
+    @property
+    def serving(self) -> list[Any]:
+        return self._replica.serving
+
+    def raise_fault(self, call: Any) -> None:
+        self._replica.raise_fault(call)
+
+
+class ServedTeacher:
+    """A teacher somebody else serves; its death shows in the stream, not here."""
+
+    serving: tuple[Any, ...] = ()
+
+    def __init__(self, access_file: Path, prepared: Prepared) -> None:
+        self._access_file = access_file
+        self._meaning = prepared.meaning
+
+    def open(self) -> Access:
+        """Ask its directory. Raises: TeacherError, IdentityError, StreamError."""
+        access = Access.load(self._access_file)
+        endpoints, meaning = list_endpoints(access.directory, access.token)
+        if not endpoints or meaning is None:
+            raise TeacherError(f"the directory at {access.directory} ({self._access_file}) knows no live endpoint")
+        require_same_meaning(self._meaning, meaning)
+        return access
+
+    def raise_fault(self, call: Any) -> None:
+        raise TeacherError("unreachable: a served teacher has no calls to watch")
+
+
+@dataclass(frozen=True)
+class Slots:
+    teacher: PlacementGroup | None
+    student: PlacementGroup | None
+
+
+def place(job: Job, stack: ExitStack, *, student: bool = True) -> Slots:
+    """Join or start the cluster and reserve places on it. Raises: PlacementError."""
+    job.display.phase("starting Ray" if job.config.cluster.address is None else "joining the Ray cluster")
+    asks = {}
+    if job.teacher_endpoints is None:
+        asks["teacher"] = teacher_ask(job.config.teacher)
+    if student:
+        asks["student"] = student_ask(job.config.student)
+    stack.enter_context(cluster(job.config.cluster, list(asks.values()), supervise.temp_dir()))
+    _stop_on_signals(job.stop)
+    wait_s = job.config.cluster.wait_seconds
+    groups = {name: stack.enter_context(reserve(ask, wait_s)) for name, ask in asks.items()}
+    return Slots(groups.get("teacher"), groups.get("student"))
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    """SIGTERM and SIGINT set ``stop`` from here on; Ray has installed a handler of its own when it started."""
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+
+
+def start_teacher(job: Job, prepared: Prepared, slots: Slots, stack: ExitStack) -> OwnTeacher | ServedTeacher:
+    """Let the teacher load, without waiting for the end of it."""
+    config = job.config
+    if job.teacher_endpoints is not None:
+        return ServedTeacher(job.teacher_endpoints, prepared)
+    assert slots.teacher is not None
+    job.display.phase("loading the teacher")
+    token = secrets.token_hex(32)
+    host, _ = address_in(config.stream.network)
+    endpoints = DirectoryServer(host, config.stream.directory_port, token)
+    setup = ReplicaSetup(
+        teacher=config.teacher,
+        directory=str(prepared.teacher_directory.absolute()),
+        meaning=prepared.meaning,
+        network=config.stream.network,
+        token=token,
+        deterministic=config.run.deterministic,
+    )
+    replica = TeacherReplica(setup, slots.teacher)
+    stack.callback(replica.stop)
+    replica.begin()
+    return OwnTeacher(replica, endpoints, token)
+
+
+def start_students(
+    job: Job,
+    prepared: Prepared,
+    identity: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    slots: Slots,
+    stack: ExitStack,
+) -> StudentGroup:
+    """Let the student ranks build, without waiting for the end of it."""
+    assert slots.student is not None
+    job.display.phase("building the student")
+    setup = StudentSetup(
+        config=job.config,
+        meaning=prepared.meaning,
+        identity=identity,
+        teacher_directory=str(prepared.teacher_directory.absolute()),
+        run_directory=str(job.directory.absolute()),
+        resume_from=str(checkpoint.directory.absolute()) if checkpoint else None,
+    )
+    students = StudentGroup(setup, slots.student)
+    stack.callback(students.kill)
+    students.begin()
+    return students

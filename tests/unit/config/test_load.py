@@ -1,0 +1,102 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from kdscale.config import load_config
+from kdscale.config.load import dump_resolved, load_resolved
+from kdscale.errors import ConfigError
+
+MINIMAL = """\
+data:
+  train: [text.jsonl]
+teacher:
+  model: some/teacher
+student:
+  layers: [0, 1]
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_defaults_and_overrides(file: Path):
+    config = load_config(file, ["train.lr=1e-2", "train.steps=7", "data.train=[a.txt, b.txt]", "run.name=x"])
+    assert config.train.steps == 7
+    assert config.train.lr == 1e-2
+    assert config.data.train == ["a.txt", "b.txt"]
+    assert config.loss.divergence == "forward_kl"
+
+
+def test_resolved_config_round_trips(file: Path, tmp_path: Path):
+    config = load_config(file, ["deepspeed.zero_optimization.stage=2"])
+    dump_resolved(config, tmp_path / "out" / "config.yaml")
+    assert load_resolved(tmp_path / "out" / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.divergense=jsd", r"unknown key loss.divergense; did you mean loss.divergence\?"),
+        ("los.divergence=jsd", r"unknown key los; did you mean loss\?"),
+        ("loss.beta=1", r"loss.beta = 1: .*less than 1"),
+        ("train.steps=many", r"train.steps = 'many'"),
+        ("run.name=../x", r"run.name: '../x' must match"),
+        ("train.batch_rows=3 ", r"not of the form|train.batch_rows"),
+        ("train.steps", r"not of the form section.key=value"),
+        ("targets.payload=dense", r"targets.payload = 'dense'"),
+        ("student.parallel.pipeline=2", r"trains data-parallel students only"),
+        ("student.layers=null", r"student.layers is missing"),
+        ("student.model=x", r"student.model is not read"),
+        ("deepspeed=nowhere.json", r"no such file beside the config"),
+        ("train.warmup_steps=100", r"must be below train.steps"),
+    ],
+)
+def test_bad_overrides_name_key_and_rule(file: Path, override: str, message: str):
+    extra = ["train.micro_rows=2"] if "batch_rows" in override else []
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, [override, *extra])
+
+
+def test_unknown_key_names_its_line(file: Path):
+    file.write_text(MINIMAL + "loss:\n  divergense: jsd\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml:8: unknown key loss\.divergense; did you mean loss\.divergence"):
+        load_config(file)
+
+
+def test_key_set_twice_is_refused(file: Path):
+    file.write_text(MINIMAL + "data:\n  train: [other.txt]\n")
+    with pytest.raises(ConfigError, match="data is set twice"):
+        load_config(file)
+
+
+def test_pipeline_with_zero3_is_refused_by_name(file: Path, tmp_path: Path):
+    (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    with pytest.raises(ConfigError, match="pipeline = 2 needs ZeRO stage 0 or 1, the deepspeed section sets 3"):
+        load_config(file, ["deepspeed=zero3.json", "student.parallel.pipeline=2"])
+
+
+def test_deepspeed_file_lies_beside_the_config(file: Path, tmp_path: Path):
+    (tmp_path / "zero2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    assert load_config(file, ["deepspeed=zero2.json"]).zero_stage == 2
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "data: [\n", "train: {steps: 3}\n"])
+def test_unusable_files_are_refused(file: Path, text: str):
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load_config(file)
+
+
+def test_missing_file_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.yaml")), ids=str)
+def test_shipped_configs_load(path: Path):
+    load_config(path)

@@ -129,7 +129,9 @@ def show(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command(epilog="Examples:  kdscale doctor  |  kdscale doctor configs/quickstart.yaml")
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="config whose needs are checked too")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="config whose needs are checked too")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Check this machine: versions, shared memory, cores, memory, GPUs, ports, Ray's token."""

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from kdscale import log
-from kdscale.batch import TargetSpec
 from kdscale.config.schema import RunConfig
 from kdscale.errors import ModelError
 from kdscale.evaluate.efficiency import Efficiency, measure
 from kdscale.prepare import Prepared
-from kdscale.targets.arrow import bytes_per_token
+from kdscale.targets.codec import topk_bytes
 
 _LOG = log.get(__name__)
 _LIMIT_S = 300.0
@@ -49,7 +48,6 @@ def make_summary(
     real = sum(stats["tokens"] for stats in teacher_stats)
     dummy = sum(stats["dummy_tokens"] for stats in teacher_stats)
     soft = config.loss.hard_weight < 1
-    spec = TargetSpec(config.targets.payload, config.targets.k, config.loss.temperature)
     meaning = prepared.meaning
     summary = {
         "name": config.run.name,
@@ -69,7 +67,7 @@ def make_summary(
         "teacher_forwards": teacher_stats[0]["forwards"],
         "dummy_token_share": dummy / (real + dummy) if real + dummy else None,
         "payload": config.targets.payload if soft else None,
-        "bytes_per_token": bytes_per_token(spec, meaning.vocab_size, meaning.hidden_size) if soft else None,
+        "bytes_per_token": topk_bytes(config.targets.k, meaning.vocab_size) if soft else None,
         "teacher_wait_share": totals["wait_seconds"] / totals["seconds"] if totals["seconds"] else None,
         "hard_weight": config.loss.hard_weight,
         "heldout_tokens": after.get("num_tokens"),

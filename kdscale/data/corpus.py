@@ -27,23 +27,25 @@ class Split:
     """Documents of the training or the held-out part, memory-mapped."""
 
     def __init__(self, path: Path, *, all_trained: bool) -> None:
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all().combine_chunks()
-        self._ids, self._trained = (
-            column.chunk(0) if column.num_chunks else pa.array([], column.type) for column in table.columns
-        )
-        self.lengths = self._ids.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        # Batch by batch: joining them would copy the corpus into memory.
+        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._firsts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        lengths = [batch.column(0).value_lengths().to_numpy() for batch in self._batches]
+        self.lengths = np.concatenate([np.zeros(0, np.int64), *lengths]).astype(np.int64)
         """Tokens by document, int64."""
         self.all_trained = all_trained
         """Whether every token of every document may be trained on."""
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.lengths)
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32, trained bool) of one document."""
-        ids = self._ids[index].values.to_numpy()
-        return ids, self._trained[index].values.to_numpy(zero_copy_only=False)
+        number = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        batch, row = self._batches[number], index - int(self._firsts[number])
+        ids, trained = (batch.column(name)[row].values for name in ("ids", "trained"))
+        return ids.to_numpy(), trained.to_numpy(zero_copy_only=False)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from kdscale.config.hardware import cpu_has_bfloat16
 from kdscale.config.schema import Dtype
 from kdscale.errors import PlacementError
 
@@ -104,17 +105,8 @@ def resolve_dtype(name: Dtype, device: torch.device) -> torch.dtype:
         case "bfloat16":
             return torch.bfloat16
         case "auto":
-            fast = device.type == "cuda" or _cpu_has_bfloat16()
+            fast = device.type == "cuda" or cpu_has_bfloat16()
             return torch.bfloat16 if fast else torch.float32
-
-
-def _cpu_has_bfloat16() -> bool:
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = next((line for line in file if line.startswith("flags")), "")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def set_seed(seed: int) -> None:

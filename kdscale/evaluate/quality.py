@@ -5,6 +5,7 @@ T = positions, V = true vocabulary, D = hidden size.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from kdscale.batch import HiddenTargets, TargetSpec, TokenBatch
 from kdscale.head import Head, chunk_rows
-from kdscale.stream.prefetch import check_alignment
+from kdscale.stream.prefetch import Prefetcher
 from kdscale.stream.source import TargetSource
 
 CHUNK_BYTES = 64 << 20
@@ -44,15 +45,23 @@ class TeacherView:
     head: Head
 
 
-def teacher_view(batches: list[TokenBatch], source: TargetSource, head: Head) -> TeacherView:
-    """Ask the served teacher for its hidden states on ``batches``. Raises: what the source raises."""
-    hidden = []
-    for batch in batches:
-        targets = source.fetch(batch, HIDDEN)
-        check_alignment(batch, targets)
-        assert isinstance(targets, HiddenTargets)
-        hidden.append(targets.hidden_TD)
-    return TeacherView(batches, hidden, head)
+def teacher_view(
+    batches: list[TokenBatch], source: TargetSource, fetch_head: Callable[[], Head], in_flight: int
+) -> TeacherView:
+    """Ask the served teacher for its hidden states on ``batches`` and for its head, all at once.
+
+    Raises:
+        StreamError, IdentityError: what the source raises.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        head = beside.submit(fetch_head)
+        prefetcher = Prefetcher(source, HIDDEN, iter(batches), in_flight)
+        try:
+            targets = [prefetcher.next().targets for _ in batches]
+        finally:
+            prefetcher.close()
+        hidden = [one.hidden_TD for one in targets if isinstance(one, HiddenTargets)]
+        return TeacherView(batches, hidden, head.result())
 
 
 @torch.no_grad()

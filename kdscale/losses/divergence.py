@@ -31,9 +31,15 @@ def divergence(
         ConfigError: unknown name, or ``beta`` outside (0, 1).
     """
     require_known(name, beta)
-    logq = torch.log_softmax(student_logits_TV / temperature, dim=-1)
-    logp = torch.log_softmax(teacher_logits_TV / temperature, dim=-1)
+    logq = log_prob(student_logits_TV, temperature)
+    logp = log_prob(teacher_logits_TV, temperature)
     return terms(name, logp, logq, beta).sum(-1)
+
+
+def log_prob(logits_TV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log softmax(logits / temperature), reduced in float32 at least."""
+    wide = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    return torch.log_softmax(wide / temperature, dim=-1)
 
 
 def require_known(name: str, beta: float) -> None:
@@ -56,9 +62,11 @@ def terms(name: str, logp: torch.Tensor, logq: torch.Tensor, beta: float) -> tor
 
 
 def log_mixture(logp: torch.Tensor, logq: torch.Tensor, beta: float) -> torch.Tensor:
-    """log(beta p + (1 - beta) q)."""
+    """log(beta p + (1 - beta) q); ``-inf`` where neither is possible, with gradient 0 there."""
     weight = torch.tensor(beta, dtype=logp.dtype, device=logp.device)
-    return torch.logaddexp(logp + weight.log(), logq + (1 - weight).log())
+    nowhere = (logp == -torch.inf) & (logq == -torch.inf)
+    mixed = torch.logaddexp(logp.masked_fill(nowhere, 0.0) + weight.log(), logq.masked_fill(nowhere, 0.0) + (1 - weight).log())
+    return mixed.masked_fill(nowhere, -torch.inf)
 
 
 def _weighted(log_weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -99,9 +99,9 @@ class _FusedLoss(torch.autograd.Function):
             None if grad is None else grad.to(of.dtype)
             for grad, of in ((grad_hidden, hidden_TD), (grad_weight, weight), (grad_bias, bias))
         ]
-        loss = _combine(stats, objective, soft=ids_TK.shape[1] > 0)
-        ctx.mark_non_differentiable(stats)
-        return loss.float(), stats.float()
+        loss, sums = _combine(stats, objective, soft=ids_TK.shape[1] > 0).float(), stats.float()
+        ctx.mark_non_differentiable(sums)
+        return loss, sums
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]

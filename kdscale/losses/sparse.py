@@ -3,11 +3,14 @@
 T = positions, V = vocabulary, K = kept entries. A lower bound of the full divergence that rises to it with K.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from kdscale.losses.divergence import log_mixture, require_known, terms
+from kdscale.losses.divergence import log_mixture, log_prob, require_known, terms
+
+_LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 
 
 def divergence(
@@ -28,15 +31,27 @@ def divergence(
         ConfigError: unknown name, or ``beta`` outside (0, 1).
     """
     require_known(name, beta)
-    logq_TV = torch.log_softmax(student_logits_TV / temperature, dim=-1)
+    logq_TV = log_prob(student_logits_TV, temperature)
     kept = torch.zeros_like(logq_TV, dtype=torch.bool).scatter_(1, ids_TK.long(), True)
     # Summing what is left, instead of 1 - sum(kept), is exact when nearly all mass is kept.
     rest = torch.where(kept, -torch.inf, logq_TV)
     has_tail = (~kept).any(-1)
     tail_logq_T = torch.where(has_tail, torch.logsumexp(torch.where(has_tail[:, None], rest, 0.0), -1), -torch.inf)
-    logq_TW = torch.cat([logq_TV.gather(1, ids_TK.long()), tail_logq_T[:, None]], dim=1)
-    logp_TW = torch.cat([logp_TK, tail_logp_T[:, None]], dim=1).to(logq_TW.dtype)
+    logp_TW, logq_TW = _ways(logp_TK.to(logq_TV.dtype), tail_logp_T, logq_TV.gather(1, ids_TK.long()), tail_logq_T)
     return terms(name, logp_TW, logq_TW, beta).sum(-1)
+
+
+def _ways(
+    logp_TK: torch.Tensor, tail_logp_T: torch.Tensor, logq_TK: torch.Tensor, tail_logq_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The K + 1 ways of both sides, [T, K + 1].
+
+    A tail that has underflowed to nothing on one side alone would make the divergence infinite: it is given the smallest
+    mass float32 knows. Where both sides have none (K = V) there is no bucket.
+    """
+    tail_logp = torch.where(tail_logq_T > -torch.inf, tail_logp_T.clamp_min(_LOG_TINY), tail_logp_T).to(logp_TK.dtype)
+    tail_logq = torch.where(tail_logp_T > -torch.inf, tail_logq_T.clamp_min(_LOG_TINY), tail_logq_T).to(logq_TK.dtype)
+    return torch.cat([logp_TK, tail_logp[:, None]], dim=1), torch.cat([logq_TK, tail_logq[:, None]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -64,8 +79,7 @@ def kept_gradient(
     With h = dD/dq over the K+1 ways: du_j = q_j (h_way(j) - sum over ways q h). ``q h`` is formed directly where h alone
     would overflow.
     """
-    logp = torch.cat([logp_TK, tail_logp_T[:, None]], dim=1)
-    logq = torch.cat([logq_TK, tail_logq_T[:, None]], dim=1)
+    logp, logq = _ways(logp_TK, tail_logp_T, logq_TK, tail_logq_T)
     value = terms(name, logp, logq, beta).sum(-1)
     q = logq.exp()
     match name:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 
+import pyarrow as pa
 import pyarrow.flight as fl
 
 from kdscale.errors import PlacementError, StreamError
@@ -20,7 +21,7 @@ class DirectoryServer(fl.FlightServerBase):
         """Raises: PlacementError when the port is taken."""
         try:
             super().__init__(f"grpc+tcp://{host}:{port}")
-        except (OSError, fl.FlightError) as error:
+        except (OSError, pa.ArrowException) as error:
             raise PlacementError(
                 f"the endpoint directory cannot listen on {host}:{port}: {error}; free the port or set"
                 " stream.directory_port (0 picks a free one)"

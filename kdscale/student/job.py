@@ -1,6 +1,7 @@
 """What a student rank does with its life, in order. No Ray: the launcher's ranks run the same."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from kdscale.engine.models import build_student
 from kdscale.engine.settings import batch_cut, student_settings
 from kdscale.engine.sharding import full_numel, gathered
 from kdscale.engine.training import Engine, training_engine
-from kdscale.errors import ModelError
+from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary
 from kdscale.evaluate.quality import Quality, TeacherView, quality, quality_sums, teacher_view
 from kdscale.head import Head
@@ -34,7 +35,7 @@ from kdscale.student.trainer import Totals, Trainer
 from kdscale.student.worker import StudentSetup
 
 _LOG = log.get(__name__)
-_HELD_OUT_ROWS = 4
+_HELD_OUT_ROWS = 2
 """Rows of one request for held-out targets."""
 
 
@@ -106,8 +107,7 @@ class StudentJob:
             save_every=config.checkpoint.every_steps,
             should_stop=self._should_stop,
         )
-        report: dict[str, Any] = {"canary": self._canary(loader.batch(0), source)}
-        view = self._teacher_view(corpus, source) if config.evaluate.quality else None
+        report, view = self._check_teacher(loader.batch(0), corpus, source)
         soft = config.loss.hard_weight < 1
         # The teacher works on the first batches while the student is measured.
         prefetcher = trainer.prefetch(self._start, source, self._spec, config.stream.in_flight) if soft else None
@@ -138,10 +138,11 @@ class StudentJob:
         """Canary and quality of the student as it was built, without training. Raises: any KdscaleError."""
         source = self._source(access)
         _, corpus = self._text()
-        canary = self._canary(self._held_out(corpus)[0], source)
-        view = self._teacher_view(corpus, source)
+        report, view = self._check_teacher(self._held_out(corpus)[0], corpus, source)
+        if view is None:
+            raise ConfigError("evaluate.quality = false leaves nothing to evaluate; set it to true")
         self._phase("measuring the student")
-        report = {"canary": canary, **self._quality(view).as_dict()}
+        report |= self._quality(view).as_dict()
         source.close()
         return report
 
@@ -158,9 +159,18 @@ class StudentJob:
         targets = self._config.targets
         return TargetSpec(targets.payload, targets.k, self._config.loss.temperature)
 
-    def _teacher_view(self, corpus: Corpus, source: FlightSource) -> TeacherView:
-        self._phase("scoring held-out text by the teacher")
-        return teacher_view(self._held_out(corpus), source, source.fetch_head())
+    def _check_teacher(
+        self, row: TokenBatch, corpus: Corpus, source: FlightSource
+    ) -> tuple[dict[str, Any], TeacherView | None]:
+        """The canary on ``row``; meanwhile the teacher scores the held-out text."""
+        with ThreadPoolExecutor(1) as beside:
+            view = None
+            if self._config.evaluate.quality:
+                batches, in_flight = self._held_out(corpus), self._config.stream.in_flight
+                view = beside.submit(teacher_view, batches, source, source.fetch_head, in_flight)
+            report = {"canary": self._canary(row, source)}
+            self._phase("scoring held-out text by the teacher")
+            return report, None if view is None else view.result()
 
     def _phase(self, name: str) -> None:
         self._emit({"kind": "phase", "phase": name})
@@ -212,7 +222,7 @@ class StudentJob:
     # ---- what stays ----
 
     def _save(self, step: int, totals: Totals) -> None:
-        self._notes["totals"] = asdict(totals)
+        self._notes |= {"totals": asdict(totals), "dtype": str(self._dtype).removeprefix("torch.")}
         path = checkpoints.save(
             self._engine,
             self._directory / "checkpoints",

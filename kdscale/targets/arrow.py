@@ -39,11 +39,6 @@ def schema(spec: TargetSpec, vocab_size: int, hidden_size: int) -> pa.Schema:
     return pa.schema(fields, metadata=meta)
 
 
-def bytes_per_token(spec: TargetSpec, vocab_size: int, hidden_size: int) -> int:
-    """Payload bytes of one position, without message headers (some 300 bytes per batch of hundreds of positions)."""
-    return sum(_width(field.type) for field in schema(spec, vocab_size, hidden_size))
-
-
 def encode(targets: SoftTargets, target_schema: pa.Schema, vocab_size: int) -> pa.RecordBatch:
     """The record batch of ``targets`` under ``target_schema``."""
     columns: list[Any] = [targets.labels_T.numpy()]

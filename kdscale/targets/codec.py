@@ -8,6 +8,15 @@ def high_bytes(vocab_size: int) -> int:
     return 0 if vocab_size <= 1 << 16 else 1 if vocab_size <= 1 << 24 else 2
 
 
+def topk_bytes(k: int, vocab_size: int) -> int:
+    """Bytes of one position's ``topk`` payload: id planes, float16 log-probabilities, tail, entropy and label.
+
+    Messages add some 300 bytes for every batch of hundreds of positions.
+    """
+    k = min(k, vocab_size)
+    return k * (2 + high_bytes(vocab_size)) + 2 * k + 4 + 4 + 4
+
+
 def pack_ids(ids: np.ndarray, vocab_size: int) -> list[np.ndarray]:
     """Split int32 ids into their planes, low first."""
     planes = [(ids & 0xFFFF).astype(np.uint16)]

@@ -1,0 +1,117 @@
+"""Whether this machine can run kdscale, one line a check."""
+
+import importlib.metadata
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from packaging.requirements import Requirement
+from rich.console import Console
+
+from kdscale.config.schema import RunConfig
+
+_SHM_FLOOR = 256 << 20
+_MEMORY_FLOOR = 4 << 30
+Verdict = Literal["ok", "warn", "fail"]
+_STYLE = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@dataclass(frozen=True)
+class Check:
+    verdict: Verdict
+    what: str
+    found: str
+
+
+def report(config: RunConfig | None, console: Console) -> bool:
+    """Print every check; whether none failed."""
+    good = True
+    for check in checks(config):
+        good &= check.verdict != "fail"
+        mark = f"[{_STYLE[check.verdict]}]{check.verdict:>4}[/]"
+        console.print(f"{mark}  {check.what}: {check.found}", highlight=False, soft_wrap=True)
+    return good
+
+
+def checks(config: RunConfig | None) -> Iterator[Check]:
+    """All checks; with a config also what it asks of this machine."""
+    yield from _versions()
+    yield _at_least("shared memory", shutil.disk_usage("/dev/shm").free, _SHM_FLOOR, "enlarge /dev/shm (--shm-size)")
+    yield _at_least("memory", psutil.virtual_memory().available, _MEMORY_FLOOR, "close other programs")
+    cores = len(os.sched_getaffinity(0))
+    yield Check("ok" if cores > 1 else "warn", "cores", f"{cores} usable" + ("" if cores > 1 else "; two or more help"))
+    gpus = _gpus()
+    yield Check("ok", "GPUs", f"{len(gpus)}: {', '.join(gpus)}" if gpus else "none; runs on CPU")
+    yield _token()
+    if config is not None:
+        yield from _needs(config, cores, len(gpus))
+
+
+def _versions() -> Iterator[Check]:
+    for line in importlib.metadata.requires("kdscale") or []:
+        requirement = Requirement(line)
+        if requirement.marker is not None:
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Check("fail", requirement.name, f"not installed; needs {requirement.specifier}")
+            continue
+        good = requirement.specifier.contains(version, prereleases=True)
+        found = version if good else f"{version}, needs {requirement.specifier}; bash launch/install.sh"
+        yield Check("ok" if good else "fail", requirement.name, found)
+
+
+def _at_least(what: str, free: int, floor: int, way_out: str) -> Check:
+    found = f"{free / 2**30:.1f} GiB free"
+    return Check("ok", what, found) if free >= floor else Check("warn", what, f"{found}; {way_out}")
+
+
+def _gpus() -> list[str]:
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.strip().splitlines() if done.returncode == 0 else []
+
+
+def _token() -> Check:
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return Check("warn", "Ray token", "RAY_AUTH_MODE = disabled; fine on loopback, never on a network")
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return Check("ok", "Ray token", "from RAY_AUTH_TOKEN")
+    if not file.is_file():
+        return Check("ok", "Ray token", "none yet; a local run makes one")
+    open_to_others = file.stat().st_mode & 0o077
+    if open_to_others:
+        return Check("warn", "Ray token", f"{file} can be read by others; chmod 600 {file}")
+    return Check("ok", "Ray token", str(file))
+
+
+def _needs(config: RunConfig, cores: int, gpus: int) -> Iterator[Check]:
+    parallel = config.student.parallel
+    ranks = parallel.pipeline * parallel.data
+    wanted = config.teacher.ranks * config.teacher.gpus_per_rank + ranks * config.student.gpus_per_rank
+    if config.cluster.address is None:
+        yield Check("ok" if wanted <= gpus else "fail", "GPUs the config needs", f"{wanted}, this machine has {gpus}")
+        threads = config.teacher.ranks * config.teacher.cpus_per_rank + ranks * config.student.cpus_per_rank
+        verdict: Verdict = "ok" if threads <= 2 * cores else "warn"
+        yield Check(verdict, "threads the config starts", f"{threads} on {cores} cores")
+    port = config.stream.directory_port
+    if port:
+        with socket.socket() as probe:
+            taken = probe.connect_ex(("127.0.0.1", port)) == 0
+        found = f"{port} is taken; set stream.directory_port" if taken else f"{port} is free"
+        yield Check("fail" if taken else "ok", "directory port", found)
+    if config.teacher.model.startswith((".", "/")) or Path(config.teacher.model).exists():
+        there = (Path(config.teacher.model) / "config.json").is_file()
+        yield Check(
+            "ok" if there else "fail", "teacher.model", config.teacher.model + ("" if there else " is not there")
+        )

@@ -1,0 +1,34 @@
+"""What needs neither cluster nor teacher: a checkpoint's student as a Hugging Face model directory."""
+
+from pathlib import Path
+
+import torch
+
+from kdscale.config.schema import RunConfig
+from kdscale.data.tokenizer import load_tokenizer
+from kdscale.engine.checkpoint import newest, verify
+from kdscale.engine.export import load_checkpoint_weights, write_model
+from kdscale.engine.models import build_student, resolve_model
+from kdscale.errors import CheckpointError
+
+
+def export_checkpoint(config: RunConfig, checkpoint: str, out: Path | None) -> Path:
+    """Write the student of ``checkpoint`` (``auto``: the newest of the run) and return its directory.
+
+    The weights are written in the dtype they were trained in.
+
+    Raises:
+        CheckpointError: no checkpoint, a damaged one, or one of another student.
+    """
+    run = Path(config.run.dir) / config.run.name
+    found = newest(run / "checkpoints") if checkpoint == "auto" else verify(Path(checkpoint))
+    if found is None:
+        raise CheckpointError(f"{run / 'checkpoints'} holds no checkpoint; train first, or name one with --checkpoint")
+    directory = resolve_model(config.teacher.model)
+    dtype = getattr(torch, found.notes.get("dtype", "float32"))
+    model = build_student(config.student, directory, dtype)
+    load_checkpoint_weights(model, found)
+    written = out or run / "student"
+    tokenizer = load_tokenizer(config.data.tokenizer or str(directory))
+    write_model(model, dict(model.state_dict()), written, tokenizer.save)
+    return written

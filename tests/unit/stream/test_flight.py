@@ -1,0 +1,268 @@
+"""Real Flight servers over a real tiny teacher, one rank, no Ray."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.flight as fl
+import pytest
+import torch
+
+from kdscale.batch import HiddenTargets, TargetSpec, TokenBatch, TopkTargets
+from kdscale.config.schema import StreamSection
+from kdscale.data.tokenizer import load_tokenizer
+from kdscale.engine.settings import teacher_settings
+from kdscale.engine.sharding import InferenceModel
+from kdscale.errors import CoverageError, IdentityError, StreamError
+from kdscale.stream.client import FlightSource
+from kdscale.stream.directory import DirectoryServer, list_endpoints
+from kdscale.stream.prefetch import Prefetcher, check_alignment
+from kdscale.stream.protocol import Access, Endpoint, Meaning, connect
+from kdscale.stream.server import TargetServer
+from kdscale.teacher.lockstep import LockstepClient, LockstepServer
+from kdscale.teacher.model import Score, TeacherModel
+from kdscale.teacher.rank import RankScorer
+from kdscale.teacher.sequencer import Sequencer
+
+TOKEN = "the run's token"
+TOPK = TargetSpec("topk", k=7, temperature=2.0)
+
+
+class Teacher:
+    """One rank, its endpoint and its directory, in this process."""
+
+    def __init__(self, directory: Path) -> None:
+        tokenizer = load_tokenizer(str(directory))
+        self.meaning = Meaning("teacher", tokenizer.fingerprint, tokenizer.vocab_size, 32)
+        device = torch.device("cpu")
+        inference = InferenceModel(str(directory), teacher_settings(1, "float32"), torch.float32, device)
+        self.model = TeacherModel(inference, self.meaning.vocab_size, device)
+        self.lockstep = LockstepServer("127.0.0.1", TOKEN, 1, Sequencer(1, 64))
+        facts = {"parameters": inference.parameters_total()}
+        self.scorer = RankScorer(0, self.model, LockstepClient(self.lockstep.address, TOKEN, 0), facts)
+        self.thread = threading.Thread(target=self.scorer.serve)
+        self.thread.start()
+        self.server = TargetServer("127.0.0.1", TOKEN, self.meaning, self.scorer)
+        self.directory = DirectoryServer("127.0.0.1", 0, TOKEN)
+        self.directory.publish("replica-0", [self.endpoint()], self.meaning)
+
+    def endpoint(self) -> Endpoint:
+        return Endpoint("replica-0", 0, 0, self.server.address)
+
+    def source(self, **settings: Any) -> FlightSource:
+        fields = {"give_up_seconds": 3.0, "stall_seconds": 20.0} | settings
+        return FlightSource(Access(self.directory.address, TOKEN), self.meaning, StreamSection(**fields), "test")
+
+    def close(self) -> None:
+        self.lockstep.stop()
+        self.thread.join(timeout=10)
+        assert not self.thread.is_alive()
+        self.server.shutdown()
+        self.directory.shutdown()
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_dir: Path) -> Iterator[Teacher]:
+    teacher = Teacher(teacher_dir)
+    yield teacher
+    teacher.close()
+
+
+def batch(rows: int = 3, columns: int = 12, vocab: int = 100, seed: int = 0) -> TokenBatch:
+    """Two documents a row and two columns of padding."""
+    rng = np.random.default_rng(seed)
+    split = columns // 2 - 1
+    segments = np.repeat([[1] * split + [2] * (columns - split - 2) + [0, 0]], rows, 0).astype(np.int32)
+    positions = np.concatenate([np.arange(split), np.arange(columns - split - 2), [0, 1]]).astype(np.int32)
+    same = np.zeros((rows, columns), bool)
+    same[:, :-1] = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] != 0)
+    return TokenBatch(
+        number=seed,
+        ids_RL=rng.integers(0, vocab, (rows, columns), dtype=np.int32),
+        segments_RL=segments,
+        positions_RL=np.repeat(positions[None], rows, 0),
+        predicts_RL=same & (rng.random((rows, columns)) < 0.7),
+    )
+
+
+def test_served_targets_are_the_models_own(teacher: Teacher):
+    rows = batch()
+    served = teacher.source().fetch(rows, TOPK)
+    (local,) = teacher.model.forward([Score(rows, TOPK)])
+    assert isinstance(served, TopkTargets)
+    assert isinstance(local, TopkTargets)
+    assert torch.equal(served.ids_TK, local.ids_TK)
+    assert torch.equal(served.labels_T, torch.from_numpy(rows.labels()))
+    torch.testing.assert_close(served.logp_TK, local.logp_TK, rtol=2**-11, atol=1e-6)
+    torch.testing.assert_close(served.tail_logp_T, local.tail_logp_T)
+
+
+def test_hidden_states_and_head_give_the_same_distribution(teacher: Teacher):
+    rows, source = batch(), teacher.source()
+    hidden, served = source.fetch(rows, TargetSpec("hidden")), source.fetch(rows, TargetSpec("topk", k=7))
+    assert isinstance(hidden, HiddenTargets)
+    assert isinstance(served, TopkTargets)
+    head = source.fetch_head()
+    assert head.weight_VD.shape[0] == teacher.meaning.vocab_size == head.spec.vocab_size
+    logp = torch.log_softmax(head.logits(hidden.hidden_TD), -1)
+    torch.testing.assert_close(logp.gather(1, served.ids_TK.long()), served.logp_TK, rtol=0, atol=0.1)
+    assert (logp.argmax(-1) == served.ids_TK[:, 0]).float().mean() > 0.9
+
+
+def test_many_requests_come_back_in_order(teacher: Teacher):
+    batches = [batch(seed=seed) for seed in range(12)]
+    source = teacher.source()
+    prefetcher = Prefetcher(source, TOPK, iter(batches), in_flight=4)
+    for expected in batches:
+        fetched = prefetcher.next()
+        assert fetched.batch is expected
+        assert fetched.targets.labels_T.tolist() == expected.labels().tolist()
+    with pytest.raises(StopIteration):
+        prefetcher.next()
+    prefetcher.close()
+    assert source.tokens_received == sum(one.num_tokens for one in batches)
+
+
+def test_window_bounds_what_is_asked_for(teacher: Teacher):
+    """The batches beyond the window are not even looked at."""
+    drawn = []
+
+    def endless() -> Iterator[TokenBatch]:
+        for seed in range(1000):
+            drawn.append(seed)
+            yield batch(seed=seed)
+
+    prefetcher = Prefetcher(teacher.source(), TOPK, endless(), in_flight=4)
+    assert len(drawn) == 4
+    prefetcher.next()
+    prefetcher.next()
+    prefetcher.next()
+    assert len(drawn) == 6
+    prefetcher.close()
+
+
+def test_row_without_trained_token(teacher: Teacher):
+    rows = batch(rows=1)
+    empty = replace(rows, predicts_RL=rows.predicts_RL & False)
+    assert len(teacher.source().fetch(empty, TOPK)) == 0
+
+
+def test_another_teacher_is_refused_without_retry(teacher: Teacher):
+    source = teacher.source(give_up_seconds=60)
+    source._meaning = replace(teacher.meaning, tokenizer="another")
+    start = time.monotonic()
+    with pytest.raises(IdentityError, match="tokenizer: student 'another'"):
+        source.fetch(batch(), TOPK)
+    assert time.monotonic() - start < 10
+
+
+def test_tokens_outside_the_vocabulary_are_refused(teacher: Teacher):
+    rows = batch()
+    rows.ids_RL[0, 0] = teacher.meaning.vocab_size
+    with pytest.raises(StreamError, match="token ids span"):
+        teacher.source().fetch(rows, TOPK)
+
+
+def test_another_token_opens_nothing(teacher: Teacher):
+    with pytest.raises(StreamError, match="does not answer"):
+        list_endpoints(teacher.directory.address, "a guess")
+    with connect(teacher.server.address) as client, pytest.raises(fl.FlightUnauthenticatedError, match="another run"):
+        list(client.do_action(fl.Action("stats", b'{"protocol": 1, "token": "a guess"}')))
+    with connect(teacher.server.address) as client, pytest.raises(fl.FlightUnauthenticatedError, match="malformed"):
+        list(client.do_action(fl.Action("stats", b"\xff")))
+
+
+def test_dead_endpoint_is_passed_over(teacher: Teacher):
+    dead = Endpoint("replica-1", 0, 0, "127.0.0.1:9")
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN)
+    directory.publish("replica-1", [dead], teacher.meaning)
+    directory.publish("replica-0", [teacher.endpoint()], teacher.meaning)
+    source = FlightSource(Access(directory.address, TOKEN), teacher.meaning, StreamSection(), "test")
+    for seed in range(4):
+        rows = batch(seed=seed)
+        assert source.fetch(rows, TOPK).labels_T.tolist() == rows.labels().tolist()
+    directory.shutdown()
+
+
+def test_no_endpoint_left_ends_in_time(teacher: Teacher):
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN)
+    settings = StreamSection(give_up_seconds=1.5)
+    source = FlightSource(Access(directory.address, TOKEN), teacher.meaning, settings, "test")
+    start = time.monotonic()
+    with pytest.raises(StreamError, match="no teacher endpoint served request .* knows no live endpoint"):
+        source.fetch(batch(), TOPK)
+    assert time.monotonic() - start < 10
+    directory.shutdown()
+
+
+class Stuck:
+    """A scorer whose forwards never end."""
+
+    def submit(self, request: str, rows: Any, header: Any) -> "queue.SimpleQueue[Any]":
+        return queue.SimpleQueue()
+
+    def progress(self) -> int:
+        return 7
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+
+def test_endpoint_without_progress_is_given_up(teacher: Teacher):
+    """Its heartbeats alone do not count: the forwards must advance."""
+    server = TargetServer("127.0.0.1", TOKEN, teacher.meaning, Stuck())
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN)
+    directory.publish("replica-0", [Endpoint("replica-0", 0, 0, server.address)], teacher.meaning)
+    settings = StreamSection(stall_seconds=3, give_up_seconds=2)
+    source = FlightSource(Access(directory.address, TOKEN), teacher.meaning, settings, "test")
+    start = time.monotonic()
+    with pytest.raises(StreamError, match="no progress for 3 s"):
+        source.fetch(batch(), TOPK)
+    assert 2.5 < time.monotonic() - start < 15
+    directory.shutdown()
+    server.shutdown()
+
+
+def test_targets_of_other_labels_are_refused(teacher: Teacher):
+    rows = batch()
+    served = teacher.source().fetch(rows, TOPK)
+    check_alignment(rows, served)
+    shifted = replace(rows, ids_RL=np.roll(rows.ids_RL, 1, axis=1))
+    with pytest.raises(StreamError, match="predict another token"):
+        check_alignment(shifted, served)
+    with pytest.raises(CoverageError, match="every trained"):
+        check_alignment(rows, teacher.source().fetch(rows.cut(slice(0, 2)), TOPK))
+
+
+def test_counters(teacher: Teacher):
+    before = teacher.scorer.stats()
+    rows = batch()
+    teacher.source().fetch(rows, TOPK)
+    after = teacher.source().teacher_stats()[0]
+    assert after["tokens"] - before["tokens"] == rows.num_tokens_real
+    assert after["targets"] - before["targets"] == rows.num_tokens
+    assert after["forwards"] == before["forwards"] + 1
+
+
+def test_access_file_is_private(tmp_path: Path):
+    access = Access("127.0.0.1:1", "secret")
+    access.save(tmp_path / "teacher.json")
+    assert (tmp_path / "teacher.json").stat().st_mode & 0o077 == 0
+    assert Access.load(tmp_path / "teacher.json") == access
+    assert "secret" not in repr(access)
+    (tmp_path / "teacher.json").write_text("{}")
+    with pytest.raises(StreamError, match="no access file"):
+        Access.load(tmp_path / "teacher.json")
+
+
+def test_taken_port_is_named(teacher: Teacher):
+    from kdscale.errors import PlacementError
+
+    port = int(teacher.directory.address.split(":")[1])
+    with pytest.raises(PlacementError, match=rf"cannot listen on 127\.0\.0\.1:{port}"):
+        DirectoryServer("127.0.0.1", port, TOKEN)

@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from kdscale.head import Head, HeadSpec
+from kdscale.targets import payloads
+from kdscale.targets.payloads import topk_targets
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("padded", [0, 7])
+def test_topk_is_the_top_of_the_softmax(monkeypatch: pytest.MonkeyPatch, temperature: float, padded: int):
+    monkeypatch.setattr(payloads, "CHUNK_BYTES", 3 * 4 * 40)  # several chunks
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(10, 8, generator=generator), torch.randn(40 + padded, 8, generator=generator)
+    bias = torch.randn(40 + padded, generator=generator)
+    if padded:
+        weight[40:] *= 100  # phantom rows must not matter, however loud
+    head = Head(weight, bias, HeadSpec(40, softcap=3.0, scale=0.5))
+    found = topk_targets(hidden, head, torch.arange(10), k=6, temperature=temperature)
+    logits = 3.0 * torch.tanh((hidden @ weight[:40].T + bias[:40]) * 0.5 / 3.0)
+    logp = torch.log_softmax(logits.double() / temperature, -1)
+    values, ids = logp.topk(6)
+    torch.testing.assert_close(found.ids_TK.long(), ids)
+    torch.testing.assert_close(found.logp_TK.double(), values, rtol=1e-5, atol=1e-6)
+    rest = logp.exp().scatter(1, ids, 0).sum(-1)
+    torch.testing.assert_close(found.tail_logp_T.double(), rest.log(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.entropy_T.double(), -(logp.exp() * logp).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_whole_vocabulary_has_no_tail():
+    head = Head(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), None, HeadSpec(5))
+    found = topk_targets(torch.ones(2, 3), head, torch.zeros(2), k=9, temperature=1.0)
+    assert found.ids_TK.shape == (2, 5)
+    assert (found.tail_logp_T == -torch.inf).all()
+
+
+def test_no_position():
+    head = Head(torch.ones(5, 3), None, HeadSpec(5))
+    found = topk_targets(torch.ones(0, 3), head, torch.zeros(0), k=2, temperature=1.0)
+    assert len(found) == 0
+    assert found.ids_TK.shape == (0, 2)

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from kdscale.config.schema import RunConfig
+from kdscale.engine.settings import topology_of
 
 _SHM_FLOOR = 256 << 20
 _MEMORY_FLOOR = 4 << 30
@@ -96,8 +97,7 @@ def _token() -> Check:
 
 
 def _needs(config: RunConfig, cores: int, gpus: int) -> Iterator[Check]:
-    parallel = config.student.parallel
-    ranks = parallel.pipeline * parallel.data
+    ranks = topology_of(config.student.parallel).world
     wanted = config.teacher.ranks * config.teacher.gpus_per_rank + ranks * config.student.gpus_per_rank
     if config.cluster.address is None:
         yield Check("ok" if wanted <= gpus else "fail", "GPUs the config needs", f"{wanted}, this machine has {gpus}")

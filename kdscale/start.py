@@ -12,12 +12,13 @@ from typing import Any
 from ray.util.placement_group import PlacementGroup
 
 from kdscale import supervise
-from kdscale.cluster.placement import cluster, reserve
+from kdscale.cluster.placement import cluster, require_memory, reserve
 from kdscale.config.schema import RunConfig
 from kdscale.display import Display
 from kdscale.engine.checkpoint import Checkpoint
 from kdscale.engine.process import address_in
 from kdscale.errors import TeacherError
+from kdscale.estimate import host_memory
 from kdscale.prepare import Prepared
 from kdscale.stream.directory import DirectoryServer, list_endpoints
 from kdscale.stream.protocol import Access, require_same_meaning
@@ -71,9 +72,8 @@ class OwnTeacher:
 class ServedTeacher:
     """A teacher somebody else serves; its death shows in the stream, not here."""
 
-    serving: tuple[Any, ...] = ()
-
     def __init__(self, access_file: Path, prepared: Prepared) -> None:
+        self.serving: list[Any] = []
         self._access_file = access_file
         self._meaning = prepared.meaning
 
@@ -98,6 +98,10 @@ class Slots:
 
 def place(job: Job, stack: ExitStack, *, student: bool = True) -> Slots:
     """Join or start the cluster and reserve places on it. Raises: PlacementError."""
+    if job.config.cluster.address is None and not job.config.student.gpus_per_rank:
+        needed = host_memory(job.config)
+        if needed is not None:
+            require_memory(needed, "this run (weights, gradients and optimizer of teacher and student)")
     job.display.phase("starting Ray" if job.config.cluster.address is None else "joining the Ray cluster")
     asks = {}
     if job.teacher_endpoints is None:

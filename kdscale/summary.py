@@ -6,6 +6,7 @@ from typing import Any
 
 from kdscale import log
 from kdscale.config.schema import RunConfig
+from kdscale.engine.settings import topology_of
 from kdscale.errors import ModelError
 from kdscale.evaluate.efficiency import Efficiency, measure
 from kdscale.prepare import Prepared
@@ -62,7 +63,7 @@ def make_summary(
         "student_parameters_trained": student_facts["parameters_trained"],
         "student_dtype": student_facts["dtype"],
         "teacher_ranks": len(teacher_stats),
-        "student_ranks": config.student.parallel.pipeline * config.student.parallel.data,
+        "student_ranks": topology_of(config.student.parallel).world,
         "teacher_tokens_per_rank": [stats["tokens"] for stats in teacher_stats],
         "teacher_forwards": teacher_stats[0]["forwards"],
         "dummy_token_share": dummy / (real + dummy) if real + dummy else None,

@@ -32,7 +32,8 @@ PADDED_VOCAB = 320
 def documents(count: int) -> list[str]:
     """Documents of unequal length, none like another."""
     return [
-        " ".join(f"{SENTENCES[(n * 7 + k * 5) % 6]} Part {n}.{k}." for k in range(1 + (n * 3) % 7)) for n in range(count)
+        " ".join(f"{SENTENCES[(n * 7 + k * 5) % 6]} Part {n}.{k}." for k in range(1 + (n * 3) % 7))
+        for n in range(count)
     ]
 
 
@@ -80,7 +81,14 @@ FAMILIES = {
         head_dim=8,
     ),
     "gpt2": transformers.GPT2Config(
-        vocab_size=PADDED_VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
+        vocab_size=PADDED_VOCAB,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        attn_pdrop=0,
+        embd_pdrop=0,
+        resid_pdrop=0,
     ),
     "gemma2": transformers.Gemma2Config(
         vocab_size=PADDED_VOCAB,
@@ -130,3 +138,8 @@ def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, part in (("train", texts[:50]), ("heldout", texts[50:])):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
     return directory
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: what breaks cheaply should break soon."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

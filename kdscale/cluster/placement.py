@@ -1,5 +1,6 @@
 """A Ray cluster to run on, joined or started, and placement groups with a limit on the wait."""
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ def cluster(settings: ClusterSection, asks: list[Ask], temp_dir: str | None) -> 
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=temp_dir,
-                logging_level="warning",
+                logging_level=logging.WARNING,
                 log_to_driver=True,
             )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:

@@ -3,7 +3,6 @@
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -30,9 +29,11 @@ class RankGroup:
         if not ask.gpus_per_rank:
             env["DS_ACCELERATOR"] = "cpu"
         # A second call runs beside a rank's long one: asking for figures, or telling it to stop.
-        remote = ray.remote(max_concurrency=4, max_restarts=0)(actor_class)
-        self.actors: list[ActorHandle] = [
+        remote: Any = ray.remote(actor_class)
+        self.actors: list[Any] = [
             remote.options(
+                max_concurrency=4,
+                max_restarts=0,
                 num_cpus=ask.cpus_per_rank,
                 num_gpus=ask.gpus_per_rank,
                 runtime_env={"env_vars": env},

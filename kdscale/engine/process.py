@@ -61,7 +61,7 @@ class Member:
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK="0", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         timeout = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             address[0],
             address[1],
             self.world,
@@ -74,12 +74,6 @@ class Member:
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         return device
-
-
-def join_launched_group(*, device: torch.device, timeout_s: float) -> None:
-    """Become the rank that the ``deepspeed`` launcher's environment names."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
 
 
 def leave_group() -> None:

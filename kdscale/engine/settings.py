@@ -2,11 +2,28 @@
 
 from typing import Any
 
-from kdscale.config.schema import RunConfig
+from kdscale.config.schema import Dtype, ParallelSection, RunConfig
 from kdscale.errors import ConfigError
-from kdscale.topology import BatchCut
+from kdscale.topology import BatchCut, Topology
 
 _NEVER = 2**31  # kdscale prints the steps
+
+
+def topology_of(parallel: ParallelSection) -> Topology:
+    return Topology(parallel.pipeline, parallel.data)
+
+
+def student_dtype(config: RunConfig) -> Dtype:
+    """``student.dtype``, or what the ``deepspeed`` section says of bf16 where that is ``auto``."""
+    bf16 = config.deepspeed.get("bf16", {}).get("enabled", "auto")
+    if config.student.dtype != "auto" or bf16 == "auto":
+        return config.student.dtype
+    return "bfloat16" if bf16 else "float32"
+
+
+def check_settings(config: RunConfig) -> None:
+    """Raises: ConfigError for what ``student_settings`` would refuse, before anything starts."""
+    student_settings(config, "bfloat16" if student_dtype(config) == "bfloat16" else "float32")
 
 
 def batch_cut(config: RunConfig) -> BatchCut:

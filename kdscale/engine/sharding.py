@@ -8,7 +8,7 @@ import deepspeed
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from kdscale.engine.models import load_causal_lm
 
@@ -20,7 +20,7 @@ class InferenceModel:
         # transformers shards while it loads if this object lives; it must also outlive the model.
         self._keep_alive = HfDeepSpeedConfig(settings) if settings["zero_optimization"]["stage"] == 3 else None
         model = load_causal_lm(directory, dtype)
-        self.model: PreTrainedModel = model if self._keep_alive else model.to(device)
+        self.model: PreTrainedModel = model if self._keep_alive else model.to(device)  # type: ignore[arg-type]
         self.model.eval()
         # One rank needs no engine: stage 0 leaves the module as it is.
         self.engine = deepspeed.initialize(model=self.model, config=settings)[0] if self._keep_alive else None

@@ -32,7 +32,12 @@ class CanaryReport:
 
 
 def run_canary(
-    batch: TokenBatch, spec: TargetSpec, source: TargetSource, teacher_directory: str, dtype: torch.dtype
+    batch: TokenBatch,
+    spec: TargetSpec,
+    source: TargetSource,
+    teacher_directory: str,
+    vocab_size: int,
+    dtype: torch.dtype,
 ) -> CanaryReport:
     """Compare served targets of ``batch`` with transformers' own forward, one document at a time.
 
@@ -42,19 +47,25 @@ def run_canary(
     served = source.fetch(batch, spec)
     check_alignment(batch, served)
     assert isinstance(served, TopkTargets)
-    return compare(served, plain_logp(batch, teacher_directory, dtype, spec.temperature), dtype)
+    return compare(served, plain_logp(batch, teacher_directory, vocab_size, dtype, spec.temperature), dtype)
 
 
 @torch.no_grad()
-def plain_logp(batch: TokenBatch, directory: str, dtype: torch.dtype, temperature: float) -> torch.Tensor:
-    """Log-probabilities [T, V'] of a plain, unsharded model that reads each packed document alone."""
+def plain_logp(
+    batch: TokenBatch, directory: str, vocab_size: int, dtype: torch.dtype, temperature: float
+) -> torch.Tensor:
+    """Log-probabilities [T, V] of a plain, unsharded model that reads each packed document alone.
+
+    Phantom rows of a padded embedding are left out, as they are by the served teacher.
+    """
     model = load_causal_lm(directory, dtype).eval()
     rows = []
     for row in range(batch.num_rows):
         for segment in sorted(set(batch.segments_RL[row].tolist()) - {PADDING_SEGMENT}):
             here = batch.segments_RL[row] == segment
             logits = model(input_ids=torch.from_numpy(batch.ids_RL[row][here]).long().unsqueeze(0)).logits[0].float()
-            rows.append(logits[torch.from_numpy(batch.predicts_RL[row][here])] / temperature)
+            trained = torch.from_numpy(batch.predicts_RL[row][here])
+            rows.append(logits[trained, :vocab_size] / temperature)
     return torch.log_softmax(torch.cat(rows), dim=-1)
 
 

@@ -45,7 +45,8 @@ def _measure_here(directory: str, dtype: str, threads: int, device: str) -> Effi
     from kdscale.engine.models import load_causal_lm
 
     torch.set_num_threads(threads)
-    model = load_causal_lm(directory, getattr(torch, dtype)).to(device).eval()
+    model = load_causal_lm(directory, getattr(torch, dtype)).eval()
+    model.to(device)  # type: ignore[arg-type]
     ids = (
         torch.arange(_ROWS * _COLUMNS, device=device).view(_ROWS, _COLUMNS) % model.config.get_text_config().vocab_size
     )

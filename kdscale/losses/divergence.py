@@ -65,7 +65,9 @@ def log_mixture(logp: torch.Tensor, logq: torch.Tensor, beta: float) -> torch.Te
     """log(beta p + (1 - beta) q); ``-inf`` where neither is possible, with gradient 0 there."""
     weight = torch.tensor(beta, dtype=logp.dtype, device=logp.device)
     nowhere = (logp == -torch.inf) & (logq == -torch.inf)
-    mixed = torch.logaddexp(logp.masked_fill(nowhere, 0.0) + weight.log(), logq.masked_fill(nowhere, 0.0) + (1 - weight).log())
+    mixed = torch.logaddexp(
+        logp.masked_fill(nowhere, 0.0) + weight.log(), logq.masked_fill(nowhere, 0.0) + (1 - weight).log()
+    )
     return mixed.masked_fill(nowhere, -torch.inf)
 
 

@@ -77,7 +77,9 @@ class _FusedLoss(torch.autograd.Function):
         stats = torch.zeros(len(STATS), dtype=torch.float64, device=hidden_TD.device)
         grad_hidden = torch.empty_like(hidden_TD) if need_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_bias else None
+        grad_bias = (
+            torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if need_bias and bias is not None else None
+        )
         rows = min(chunk_rows(spec.vocab_size, chunk_bytes), max(1, len(hidden_TD)))
         tile = torch.empty(rows, spec.vocab_size, dtype=torch.float32, device=hidden_TD.device)
         for start in range(0, len(hidden_TD), rows):
@@ -96,7 +98,7 @@ class _FusedLoss(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias[: spec.vocab_size] += grad_CV.sum(0)
         ctx.grads = [
-            None if grad is None else grad.to(of.dtype)
+            None if grad is None or of is None else grad.to(of.dtype)
             for grad, of in ((grad_hidden, hidden_TD), (grad_weight, weight), (grad_bias, bias))
         ]
         loss, sums = _combine(stats, objective, soft=ids_TK.shape[1] > 0).float(), stats.float()

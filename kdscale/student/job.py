@@ -19,7 +19,7 @@ from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
 from kdscale.engine.export import export_engine_model
 from kdscale.engine.models import build_student
-from kdscale.engine.settings import batch_cut, student_settings
+from kdscale.engine.settings import batch_cut, student_dtype, student_settings
 from kdscale.engine.sharding import full_numel, gathered
 from kdscale.engine.training import Engine, training_engine
 from kdscale.errors import ConfigError, ModelError
@@ -56,7 +56,7 @@ class StudentJob:
         self._emit, self._should_stop = emit, should_stop
         process.set_threads(config.student.cpus_per_rank, deterministic=config.run.deterministic)
         process.set_seed(config.run.seed)
-        self._dtype = process.resolve_dtype(config.student.dtype, device)
+        self._dtype = process.resolve_dtype(student_dtype(config), device)
         self._directory = Path(setup.run_directory)
 
         model = build_student(config.student, Path(setup.teacher_directory), self._dtype)
@@ -190,7 +190,8 @@ class StudentJob:
             return f"not checked: the teacher's files are {gib:.1f} GiB, above evaluate.canary_max_gib"
         self._phase("checking the served teacher against a plain forward")
         dtype = process.resolve_dtype(self._config.teacher.dtype, self._device)
-        return run_canary(batch.cut(slice(0, rows)), self._spec, source, str(directory), dtype).line()
+        vocab_size = self._setup.meaning.vocab_size
+        return run_canary(batch.cut(slice(0, rows)), self._spec, source, str(directory), vocab_size, dtype).line()
 
     def _held_out(self, corpus: Corpus) -> list[TokenBatch]:
         """This rank's share of the held-out rows; every rank runs the same number of forwards."""
@@ -246,7 +247,8 @@ class StudentJob:
             ours = self._head().logits(hidden).cpu()
         if self._rank != 0:
             return 0.0
-        plain = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype).to(self._device).eval()
+        plain = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype).eval()
+        plain.to(self._device)  # type: ignore[arg-type]
         ids, positions, trained = flatten_batch(row, self._device)
         theirs = plain(input_ids=ids, position_ids=positions, use_cache=False).logits.flatten(0, 1)[trained]
         difference = float((ours - theirs.float().cpu()[:, : ours.shape[1]]).abs().max())

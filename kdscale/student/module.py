@@ -25,6 +25,7 @@ class HeadWithLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = weight
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
         self._spec = spec
         self._objective = objective

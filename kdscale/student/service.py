@@ -7,14 +7,14 @@ from ray.util.placement_group import PlacementGroup
 from kdscale.cluster.placement import Ask
 from kdscale.cluster.ranks import RankGroup, form_group
 from kdscale.config.schema import StudentSection
+from kdscale.engine.settings import topology_of
 from kdscale.errors import StudentError
 from kdscale.stream.protocol import Access
 from kdscale.student.worker import StudentRank, StudentSetup
 
 
 def student_ask(student: StudentSection) -> Ask:
-    ranks = student.parallel.pipeline * student.parallel.data
-    return Ask("student", ranks, student.cpus_per_rank, student.gpus_per_rank)
+    return Ask("student", topology_of(student.parallel).world, student.cpus_per_rank, student.gpus_per_rank)
 
 
 class StudentGroup:

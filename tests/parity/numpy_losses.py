@@ -35,7 +35,9 @@ def bucket(prob: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.concatenate([kept, (prob * mask).sum(-1, keepdims=True)], -1)
 
 
-def topk(name: str, student: np.ndarray, teacher: np.ndarray, ids: np.ndarray, temperature: float, beta: float) -> np.ndarray:
+def topk(
+    name: str, student: np.ndarray, teacher: np.ndarray, ids: np.ndarray, temperature: float, beta: float
+) -> np.ndarray:
     p, q = bucket(softmax(teacher / temperature), ids), bucket(softmax(student / temperature), ids)
     return between(name, p, q, beta)
 

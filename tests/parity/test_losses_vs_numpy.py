@@ -54,7 +54,9 @@ def test_topk_value_and_gradient(name: str, temperature: float):
         name, ours, targets.ids_TK, targets.logp_TK, targets.tail_logp_T, temperature=temperature, beta=0.3
     )
     ids = targets.ids_TK.numpy().astype(np.int64)
-    np.testing.assert_allclose(value.detach(), reference.topk(name, student, teacher, ids, temperature, 0.3), rtol=1e-10)
+    np.testing.assert_allclose(
+        value.detach(), reference.topk(name, student, teacher, ids, temperature, 0.3), rtol=1e-10
+    )
     value.sum().backward()
     expected = reference.gradient(lambda u: reference.topk(name, u, teacher, ids, temperature, 0.3).sum(), student)
     np.testing.assert_allclose(ours.grad, expected, atol=1e-8)

@@ -17,10 +17,10 @@ LAYERS = [
     {"stream", "engine", "cluster"},
     {"evaluate"},
     {"teacher", "student"},
-    {"prepare", "supervise", "display"},
+    {"prepare", "supervise", "display", "estimate"},
     {"summary", "start"},
     {"driver"},
-    {"show", "doctor"},
+    {"show", "doctor", "offline"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -43,7 +43,9 @@ def test_bfloat16_is_near(case):
     hidden, weight, labels, targets = case
     hidden = 0.3 * hidden  # logits about 1: their rounding is what bfloat16 products cost
     rounded = (hidden.bfloat16().float(), weight.bfloat16().float(), labels, targets)
-    for ours, expected in zip(run((hidden, weight, labels, targets), dtype=torch.bfloat16)[:3], run(rounded)[:3], strict=True):
+    for ours, expected in zip(
+        run((hidden, weight, labels, targets), dtype=torch.bfloat16)[:3], run(rounded)[:3], strict=True
+    ):
         assert (ours.float() - expected).norm() <= 1e-2 * expected.norm()
 
 

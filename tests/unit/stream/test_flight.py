@@ -194,7 +194,7 @@ def test_no_endpoint_left_ends_in_time(teacher: Teacher):
     settings = StreamSection(give_up_seconds=1.5)
     source = FlightSource(Access(directory.address, TOKEN), teacher.meaning, settings, "test")
     start = time.monotonic()
-    with pytest.raises(StreamError, match="no teacher endpoint served request .* knows no live endpoint"):
+    with pytest.raises(StreamError, match=r"no teacher endpoint served request .* knows no live endpoint"):
         source.fetch(batch(), TOPK)
     assert time.monotonic() - start < 10
     directory.shutdown()

@@ -1,0 +1,135 @@
+"""How much memory a run needs, from config.json, tokenizer.json and safetensors headers alone. No torch."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdscale.config.hardware import cpu_has_bfloat16
+from kdscale.config.schema import Dtype, RunConfig, StudentSection
+
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a local model directory says of itself; ``None`` where it does not."""
+
+    parameters: int | None = None
+    file_bytes: int | None = None
+    tensors: dict[str, int] | None = None
+    """Elements by tensor name."""
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+
+    @property
+    def largest_gathered(self) -> int | None:
+        """Elements of the largest layer or embedding: what ZeRO-3 holds whole at a time."""
+        if not self.tensors:
+            return None
+        groups: dict[str, int] = {}
+        for name, elements in self.tensors.items():
+            layer = _LAYER.search(name)
+            key = f"layer {layer.group(1)}" if layer else name
+            groups[key] = groups.get(key, 0) + elements
+        return max(groups.values())
+
+
+def read_model(name: str | None) -> ModelFiles:
+    """Facts of a local directory; nothing for hub names and missing directories."""
+    directory = Path(name) if name else None
+    if directory is None or not directory.is_dir():
+        return ModelFiles()
+    config = _json(directory / "config.json")
+    config = config.get("text_config", config)
+    tensors: dict[str, int] = {}
+    files = sorted(directory.glob("*.safetensors"))
+    for file in files:
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        tensors |= {key: math.prod(one["shape"]) for key, one in header.items() if key != "__metadata__"}
+    return ModelFiles(
+        parameters=sum(tensors.values()) if tensors else None,
+        file_bytes=sum(file.stat().st_size for file in files) if files else None,
+        tensors=tensors or None,
+        vocab_size=_true_vocab(directory) or config.get("vocab_size"),
+        hidden_size=config.get("hidden_size") or config.get("n_embd"),
+    )
+
+
+def _true_vocab(directory: Path) -> int | None:
+    tokenizer = _json(directory / "tokenizer.json")
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
+    ids += [added["id"] for added in tokenizer.get("added_tokens", [])]
+    return max(ids) + 1 if ids else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def student_parameters(student: StudentSection, teacher: ModelFiles) -> tuple[int | None, int | None]:
+    """(all, trained) parameters of the student."""
+    tensors = teacher.tensors if student.init == "teacher_layers" else read_model(student.model).tensors
+    if tensors is None:
+        return None, None
+    kept: dict[str, int] = {}
+    for name, elements in tensors.items():
+        layer = _LAYER.search(name)
+        copies = student.layers.count(int(layer.group(1))) if layer and student.layers is not None else 1
+        kept[name] = elements * copies
+    frozen = sum(n for name, n in kept.items() if any(re.search(pattern, name) for pattern in student.freeze))
+    return sum(kept.values()), sum(kept.values()) - frozen
+
+
+def teacher_memory(files: ModelFiles, ranks: int, item_bytes: int) -> dict[str, int | None]:
+    """Bytes a teacher rank keeps, and what the rank that maps the whole checkpoint needs of host memory on top."""
+    if files.parameters is None or files.largest_gathered is None:
+        return {"weights per rank": None, "gathered at a time": None, "host memory of rank 0 while loading": None}
+    return {
+        "weights per rank": files.parameters * item_bytes // ranks,
+        "gathered at a time": files.largest_gathered * item_bytes if ranks > 1 else 0,
+        "host memory of rank 0 while loading": files.file_bytes,
+    }
+
+
+def student_memory(
+    parameters: int, trained: int, stage: int, data_ranks: int, item_bytes: int
+) -> dict[str, int | None]:
+    """Bytes of model states per rank (Rajbhandari et al. 2020, ZeRO, section 3), activations not counted."""
+    # ZeRO keeps a float32 master copy beside the model's weights; plain float32 training does not need one.
+    master = 4 if stage or item_bytes == 2 else 0
+    weights, gradients, optimizer = parameters * item_bytes, trained * item_bytes, trained * (8 + master)
+    return {
+        "weights per rank": weights // (data_ranks if stage == 3 else 1),
+        "gradients per rank": gradients // (data_ranks if stage >= 2 else 1),
+        "optimizer per rank": optimizer // (data_ranks if stage >= 1 else 1),
+    }
+
+
+def item_bytes(dtype: Dtype, gpus_per_rank: int) -> int:
+    if dtype == "auto":
+        return 2 if gpus_per_rank or cpu_has_bfloat16() else 4
+    return 2 if dtype == "bfloat16" else 4
+
+
+def host_memory(config: RunConfig) -> int | None:
+    """Bytes of host memory all ranks of a run on CPUs need together for weights and model states; ``None``: unknown.
+
+    The teacher's weights are counted once over its ranks, with the file that rank 0 maps while loading.
+    """
+    files = read_model(config.teacher.model)
+    parameters, trained = student_parameters(config.student, files)
+    if files.parameters is None or files.file_bytes is None or parameters is None or trained is None:
+        return None
+    teacher = files.parameters * item_bytes(config.teacher.dtype, 0) + files.file_bytes
+    ranks = config.student.parallel.data
+    states = student_memory(parameters, trained, config.zero_stage, ranks, item_bytes(config.student.dtype, 0))
+    return teacher + ranks * sum(size or 0 for size in states.values())

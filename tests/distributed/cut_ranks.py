@@ -1,0 +1,98 @@
+"""One optimizer step on a tiny model, for several ZeRO stages and cuts; rank 0 saves the gradient each took.
+
+The optimizer is plain SGD with a large rate, so that the parameters move by the gradient itself, far above rounding.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdscale.batch import TokenBatch, TopkTargets
+from kdscale.engine import process
+from kdscale.engine.export import whole_state
+from kdscale.engine.training import training_engine
+from kdscale.losses.objective import Objective
+from kdscale.student.module import StudentModule
+from kdscale.student.step import DataParallelStep, MicroBatch
+from kdscale.topology import BatchCut
+from tests.conftest import PADDED_VOCAB, make_model
+from tests.distributed.launch import join
+
+RATE = 1e3
+ROWS, COLUMNS, K = 8, 16, 6
+
+
+def step_batch(vocab: int) -> tuple[TokenBatch, list[TopkTargets]]:
+    """Rows with very unequal numbers of trained tokens (two have none), and their targets row by row."""
+    rng = np.random.default_rng(0)
+    predicts = np.zeros((ROWS, COLUMNS), bool)
+    for row, count in enumerate([15, 1, 0, 7, 12, 0, 3, 9]):
+        predicts[row, :count] = True
+    batch = TokenBatch(
+        number=0,
+        ids_RL=rng.integers(0, vocab, (ROWS, COLUMNS), dtype=np.int32),
+        segments_RL=np.ones((ROWS, COLUMNS), np.int32),
+        positions_RL=np.repeat(np.arange(COLUMNS, dtype=np.int32)[None], ROWS, 0),
+        predicts_RL=predicts,
+    )
+    generator = torch.Generator().manual_seed(0)
+    targets = []
+    for row in range(ROWS):
+        labels = torch.from_numpy(batch.cut(slice(row, row + 1)).labels())
+        logp = torch.log_softmax(3 * torch.randn(len(labels), vocab, generator=generator), -1)
+        kept, ids = logp.topk(K)
+        tail = logp.exp().scatter(1, ids, 0).sum(-1).log()
+        targets.append(TopkTargets(1.0, labels, ids.int(), kept, tail, torch.zeros(len(labels))))
+    return batch, targets
+
+
+def joined(targets: list[TopkTargets]) -> TopkTargets:
+    names = ("labels_T", "ids_TK", "logp_TK", "tail_logp_T", "entropy_T")
+    return TopkTargets(1.0, *(torch.cat([getattr(one, name) for one in targets]) for name in names))
+
+
+def gradient(stage: int, micro_rows: int, rank: int, world: int, *, untied: bool) -> dict[str, np.ndarray]:
+    cut = BatchCut(ROWS, micro_rows, world)
+    model = make_model("qwen2" if untied else "llama")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    module = StudentModule(model, PADDED_VOCAB - 9, Objective("forward_kl", 1.0, 0.3), chunk_bytes=4 * PADDED_VOCAB * 3)
+    settings = {
+        "train_batch_size": ROWS,
+        "train_micro_batch_size_per_gpu": micro_rows,
+        "gradient_accumulation_steps": cut.micro_steps,
+        "gradient_clipping": 0.0,  # left out, DeepSpeed clips at 1
+        "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    engine = training_engine(module, settings)
+    batch, targets = step_batch(PADDED_VOCAB - 9)
+    micro = []
+    for number in range(cut.micro_steps):
+        rows = cut.rows_of(rank, number)
+        micro.append(MicroBatch(batch.cut(rows), joined(targets[rows])))
+    result = DataParallelStep(engine, cut.micro_steps, world).train(micro, batch.num_tokens, RATE)
+    after = whole_state(model, rank)
+    if rank != 0:
+        return {}
+    moved = {name: ((before[name] - after[name]) / RATE).numpy() for name in before}
+    return moved | {"loss": np.array([result.loss, result.num_tokens])}
+
+
+def main() -> None:
+    rank, world, port_file, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    join(rank, world, port_file)
+    for case in json.loads(sys.argv[5]):
+        found = gradient(case["stage"], case["micro_rows"], rank, world, untied=case["untied"])
+        if rank == 0:
+            np.savez(out / f"{case['name']}.npz", **found)
+    process.leave_group()
+
+
+if __name__ == "__main__":
+    main()

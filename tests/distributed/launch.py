@@ -1,0 +1,49 @@
+"""Real ranks for tests: one process each, joined over a store on loopback."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from kdscale.engine.process import Member
+
+
+def run_ranks(module: str, world: int, *arguments: str, timeout_s: float = 300) -> None:
+    """Run ``-m module RANK WORLD PORT_FILE ARGUMENTS...`` on ``world`` processes; a failure shows that rank's output."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    port_file = Path(arguments[0]).with_suffix(".port")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(rank), str(world), str(port_file), *arguments],
+            env=environment,
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        deadline = time.monotonic() + timeout_s
+        outputs = [rank.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for number, (rank, output) in enumerate(zip(ranks, outputs, strict=True)):
+        assert rank.returncode == 0, f"rank {number}:\n{output}"
+
+
+def join(rank: int, world: int, port_file: Path):
+    """Become a rank of the group; rank 0 leaves the store's port in a file. Returns the device."""
+    member = Member(rank, world)
+    if rank == 0:
+        address = member.open_store("127.0.0.0/8")
+        aside = port_file.with_suffix(".partial")
+        aside.write_text(str(address[1]))
+        aside.rename(port_file)
+    else:
+        while not port_file.exists():
+            time.sleep(0.05)
+        address = ("127.0.0.1", int(port_file.read_text()))
+    return member.join(address, "127.0.0.0/8", 60.0, 0)

@@ -1,0 +1,153 @@
+"""Whole runs on real Ray, real DeepSpeed ranks and real streams, with tiny real models."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdscale.engine.checkpoint import newest
+from tests.runs import assert_nothing_left, finish, marked_running, run, start, steps, wait_for_step, write_config
+
+pytestmark = pytest.mark.slow
+
+SUMMARY_FIELDS = {
+    *("steps", "tokens_trained", "tokens_per_second", "wall_seconds", "canary", "payload", "bytes_per_token"),
+    *("teacher_parameters", "student_parameters", "teacher_ranks", "student_ranks", "teacher_tokens_per_rank"),
+    *("dummy_token_share", "teacher_wait_share", "kl_before", "kl_after", "perplexity_teacher"),
+    *("top1_agreement_before", "top1_agreement_after", "perplexity_before", "perplexity_after"),
+}
+
+
+def test_whole_run(tmp_path: Path, teacher_dir: Path, text_dir: Path):
+    """Two teacher ranks, two student ranks under ZeRO-3; then the same command, `eval` and `export` on what it left."""
+    config = write_config(
+        tmp_path,
+        teacher_dir,
+        text_dir,
+        student={"layers": [0, 3], "parallel": {"data": 2}},
+        train={"steps": 40, "batch_rows": 8, "micro_rows": 2, "lr": 1e-3},
+        deepspeed={"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+        evaluate={"efficiency": True},
+    )
+    log, directory = tmp_path / "log", tmp_path / "runs" / "tiny"
+    assert run("train", str(config), log=log) == 0, log.read_text()
+    assert_nothing_left()
+
+    summary = json.loads((directory / "summary.json").read_text())
+    assert set(summary) >= SUMMARY_FIELDS
+    assert summary["canary"].startswith("ok: ")
+    assert summary["teacher_ranks"] == summary["student_ranks"] == 2
+    halves = summary["teacher_parameters_per_rank"]
+    assert all(abs(held - summary["teacher_parameters"] / 2) < 0.01 * summary["teacher_parameters"] for held in halves)
+    tokens = summary["teacher_tokens_per_rank"]
+    assert min(tokens) > 0.8 * max(tokens)
+    assert summary["dummy_token_share"] < 0.05
+    assert summary["kl_after"] < 0.9 * summary["kl_before"]
+    assert summary["student_parameters"] < summary["teacher_parameters"]
+    assert summary["student_peak_memory_bytes"] > 0
+    assert steps(directory) == list(range(1, 41))
+    metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["coverage"] == 1.0 for row in metrics)
+    assert sum(row["num_tokens"] for row in metrics) == summary["tokens_trained"]
+
+    student = AutoModelForCausalLM.from_pretrained(directory / "student")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "student")
+    assert tokenizer.decode(student.generate(**tokenizer("The loop", return_tensors="pt"), max_new_tokens=4)[0])
+    assert summary["export_max_logit_difference"] < 1e-4
+
+    # Nothing is left to train: the same command measures and ends, and loses nothing.
+    assert run("train", str(config), log=log) == 0, log.read_text()
+    again = json.loads((directory / "summary.json").read_text())
+    for name in ("kl_before", "kl_after", "tokens_trained"):
+        assert again[name] == pytest.approx(summary[name], rel=1e-4)
+    assert steps(directory) == list(range(1, 41))
+
+    assert run("eval", str(config), "--model", str(directory / "student"), log=log) == 0, log.read_text()
+    evaluation = json.loads((directory / "evaluation.json").read_text())
+    assert evaluation["kl"] == pytest.approx(summary["kl_after"], rel=1e-3)
+
+    assert run("export", str(config), "--out", str(tmp_path / "exported"), log=log) == 0, log.read_text()
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "exported", directory / "student"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_nothing_left()
+
+
+def test_interrupted_and_killed_runs_go_on(tmp_path: Path, teacher_dir: Path, text_dir: Path):
+    """SIGINT, then SIGKILL to the driver, then SIGKILL to the supervisor: each start goes on where the last one saved."""
+    config = write_config(
+        tmp_path,
+        teacher_dir,
+        text_dir,
+        train={"steps": 400, "batch_rows": 4, "micro_rows": 2},
+        checkpoint={"every_steps": 25},
+    )
+    log, directory = tmp_path / "log", tmp_path / "runs" / "tiny"
+
+    process = start("train", str(config), log=log)
+    wait_for_step(directory, 30, process, log)
+    second = subprocess.run(
+        ["python", "-m", "kdscale.cli", "train", str(config)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert second.returncode == 1
+    assert "another process works on" in second.stderr
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    assert finish(process, log) == 130, log.read_text()
+    assert time.monotonic() - asked < 10
+    assert_nothing_left()
+    saved = newest(directory / "checkpoints")
+    assert saved is not None
+    assert saved.step == steps(directory)[-1] > 29, "the stop itself saved"
+
+    process = start("train", str(config), log=log)
+    wait_for_step(directory, saved.step + 40, process, log)
+    (driver,) = marked_running("kdscale.driver")
+    driver.kill()
+    assert finish(process, log, within_s=30) == 128 + signal.SIGKILL
+    assert_nothing_left()
+    assert newest(directory / "checkpoints").step >= saved.step + 25 - saved.step % 25
+
+    process = start("train", str(config), log=log)
+    wait_for_step(directory, saved.step + 80, process, log)
+    process.kill()
+    process.wait()
+    assert_nothing_left(within_s=15)
+
+    assert run("train", str(config), log=log) == 0, log.read_text()
+    assert steps(directory) == list(range(1, 401))
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["steps"] == 400
+    assert summary["kl_after"] < summary["kl_before"]
+    assert_nothing_left()
+
+
+def test_served_teacher(tmp_path: Path, teacher_dir: Path, text_dir: Path):
+    """`kdscale teacher` in one place, `kdscale train --teacher-endpoints` in another; labels-only beside it."""
+    config = write_config(tmp_path, teacher_dir, text_dir)
+    endpoints, log, teacher_log = tmp_path / "teacher.json", tmp_path / "log", tmp_path / "teacher.log"
+    teacher = start("teacher", str(config), "--write", str(endpoints), log=teacher_log)
+    deadline = time.monotonic() + 120
+    while not endpoints.is_file():
+        assert teacher.poll() is None, teacher_log.read_text()
+        assert time.monotonic() < deadline, teacher_log.read_text()
+        time.sleep(0.2)
+    assert run("train", str(config), "--teacher-endpoints", str(endpoints), log=log) == 0, log.read_text()
+    summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    assert summary["teacher_ranks"] == 2
+    other = ["run.name=labels", "loss.hard_weight=1"]
+    assert run("train", str(config), *other, "--teacher-endpoints", str(endpoints), log=log) == 0, log.read_text()
+    labels = json.loads((tmp_path / "runs" / "labels" / "summary.json").read_text())
+    assert labels["payload"] is None
+    assert labels["teacher_wait_share"] == 0
+    assert labels["kl_before"] == pytest.approx(summary["kl_before"], rel=1e-5)
+    teacher.send_signal(signal.SIGTERM)
+    assert finish(teacher, teacher_log, within_s=30) == 130
+    assert not endpoints.exists()
+    assert_nothing_left()

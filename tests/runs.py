@@ -1,0 +1,109 @@
+"""Starting real runs from tests, and looking for what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+KDSCALE = [sys.executable, "-m", "kdscale.cli"]
+# Everything a test starts inherits this, so that other runs on the machine are none of its business.
+OURS = {"KDSCALE_TEST_SESSION": uuid.uuid4().hex}
+SHARED_MEMORY_BEFORE = set(os.listdir("/dev/shm"))
+
+
+def write_config(tmp_path: Path, teacher_dir: Path, text_dir: Path, **sections: dict[str, Any]) -> Path:
+    """A tiny run: two teacher ranks, one student rank; ``sections`` are laid over it."""
+    fields: dict[str, Any] = {
+        "run": {"name": "tiny", "dir": str(tmp_path / "runs")},
+        "data": {
+            "train": [str(text_dir / "train.jsonl")],
+            "heldout": [str(text_dir / "heldout.jsonl")],
+            "row_tokens": 48,
+            "heldout_tokens": 480,
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "teacher": {"model": str(teacher_dir), "ranks": 2},
+        "student": {"layers": [0, 3]},
+        "targets": {"k": 64},
+        "loss": {"hard_weight": 0.0},
+        "train": {"steps": 12, "batch_rows": 4, "micro_rows": 2, "lr": 1e-3},
+        "deepspeed": {"zero_optimization": {"stage": 1}},
+        "stream": {"in_flight": 4, "give_up_seconds": 20},
+        "checkpoint": {"every_steps": 5},
+        "evaluate": {"efficiency": False},
+    }
+    for name, section in sections.items():
+        fields[name] = {**fields.get(name, {}), **section}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def start(*arguments: str, log: Path) -> "subprocess.Popen[bytes]":
+    """Start ``kdscale ARGUMENTS`` with its output in ``log``."""
+    with log.open("ab") as out:
+        return subprocess.Popen([*KDSCALE, *arguments], stdout=out, stderr=subprocess.STDOUT, env=os.environ | OURS)
+
+
+def finish(process: "subprocess.Popen[bytes]", log: Path, *, within_s: float = 240) -> int:
+    """Its exit code; a process that does not end in time fails the test with its output."""
+    try:
+        return process.wait(timeout=within_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+        raise AssertionError(f"still running after {within_s} s:\n{log.read_text()}") from None
+
+
+def run(*arguments: str, log: Path, within_s: float = 240) -> int:
+    return finish(start(*arguments, log=log), log, within_s=within_s)
+
+
+def steps(run_directory: Path) -> list[int]:
+    """Steps in ``metrics.jsonl``, in its order."""
+    path = run_directory / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def wait_for_step(run_directory: Path, step: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while not (done := steps(run_directory)) or done[-1] < step:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, f"step {step} was not reached:\n{log.read_text()}"
+        time.sleep(0.1)
+
+
+def marked() -> list[psutil.Process]:
+    """Living processes of the runs these tests started."""
+    ((name, value),) = OURS.items()
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(name) == value:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def marked_running(words: str) -> list[psutil.Process]:
+    """Living processes of a run with ``words`` in their command line."""
+    return [process for process in marked() if words in " ".join(process.cmdline())]
+
+
+def assert_nothing_left(within_s: float = 10) -> None:
+    """No process of a run, no shared memory."""
+    deadline = time.monotonic() + within_s
+    while left := marked():
+        assert time.monotonic() < deadline, [" ".join(process.cmdline()) for process in left]
+        time.sleep(0.2)
+    assert set(os.listdir("/dev/shm")) <= SHARED_MEMORY_BEFORE

@@ -9,6 +9,7 @@ from typing import Any
 
 from kdscale.config.hardware import cpu_has_bfloat16
 from kdscale.config.schema import Dtype, RunConfig, StudentSection
+from kdscale.engine.settings import student_dtype
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 
@@ -131,5 +132,5 @@ def host_memory(config: RunConfig) -> int | None:
         return None
     teacher = files.parameters * item_bytes(config.teacher.dtype, 0) + files.file_bytes
     ranks = config.student.parallel.data
-    states = student_memory(parameters, trained, config.zero_stage, ranks, item_bytes(config.student.dtype, 0))
+    states = student_memory(parameters, trained, config.zero_stage, ranks, item_bytes(student_dtype(config), 0))
     return teacher + ranks * sum(size or 0 for size in states.values())

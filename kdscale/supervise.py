@@ -27,6 +27,7 @@ _LOG = log.get(__name__)
 _MARK = "KDSCALE_RUN_MARK"
 _TEMP = "KDSCALE_TEMP_DIR"
 _LIFELINE = "KDSCALE_LIFELINE_FD"
+_LONGEST_TEMP = 40
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 
@@ -41,7 +42,7 @@ def supervise(command: list[str], lock_file: Path, grace_seconds: float) -> int:
     """
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
-    temp = tempfile.mkdtemp(prefix="kdscale-")
+    temp = _make_temp()
     with lock_file.open("a") as lock:
         try:
             # Dies with its last holder: no stale lock. The driver holds it too, for when this process is killed.
@@ -61,6 +62,12 @@ def supervise(command: list[str], lock_file: Path, grace_seconds: float) -> int:
             os.close(write_end)
             sweep(mark, spare={os.getpid()})
             shutil.rmtree(temp, ignore_errors=True)
+
+
+def _make_temp() -> str:
+    """Ray puts Unix sockets about 65 characters below it, and a socket's path ends at 107: /tmp where TMPDIR is deep."""
+    deep = len(tempfile.gettempdir()) + len("/kdscale-12345678") > _LONGEST_TEMP
+    return tempfile.mkdtemp(prefix="kdscale-", dir="/tmp" if deep else None)
 
 
 def _wait(child: "subprocess.Popen[bytes]", grace_seconds: float) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from kdscale.errors import PlacementError
 _LOG = log.get(__name__)
 _OBJECT_STORE_BYTES = 128 << 20  # nothing of ours travels through it
 _REPORT_S = 10.0
+_REACH_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def cluster(settings: ClusterSection, asks: list[Ask], temp_dir: str | None) -> 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if settings.address is not None:
+            _require_reachable(settings.address)
             ray.init(address=settings.address, log_to_driver=True)
         else:
             ray.init(
@@ -61,6 +64,17 @@ def cluster(settings: ClusterSection, asks: list[Ask], temp_dir: str | None) -> 
         yield
     finally:
         ray.shutdown()
+
+
+def _require_reachable(address: str) -> None:
+    """Ray retries a dead address for minutes; a plain connection tells at once. Raises: OSError, ValueError."""
+    if address.startswith("ray://"):
+        raise ValueError(
+            "Ray Client (ray://) is not supported; submit the run with `ray job submit`, or name host:port"
+        )
+    host, separator, port = address.rpartition(":")
+    if separator:
+        socket.create_connection((host, int(port)), timeout=_REACH_S).close()
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 R = rows, L = tokens in a row, T = positions trained on (row-major order), K = kept entries, D = hidden size.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -12,20 +13,6 @@ import torch
 from kdscale.errors import PayloadError
 
 PADDING_SEGMENT = 0
-
-
-@dataclass(frozen=True)
-class TargetSpec:
-    """What a request asks for at each trained position: its request identity, together with the packed tokens."""
-
-    payload: Literal["topk", "hidden"]
-    k: int = 0
-    """Kept entries (``topk``)."""
-    temperature: float = 1.0
-    """Applied before truncation (``topk``); hidden states have none."""
-
-    def as_dict(self) -> dict[str, str | int | float]:
-        return {"payload": self.payload, "k": self.k, "temperature": self.temperature}
 
 
 @dataclass(frozen=True)
@@ -84,12 +71,49 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class TopkTargets:
-    """The K likeliest tokens per position and the mass of all others; log-probabilities in nats at ``temperature``."""
+class SoftTargets:
+    """What the teacher says of T positions. Every tensor has one row per position."""
 
-    temperature: float
     labels_T: torch.Tensor
     """int32; the token id each position predicts, as the teacher saw it."""
+
+    def __len__(self) -> int:
+        return int(self.labels_T.shape[0])
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """A copy with ``change`` applied to every tensor."""
+        return replace(self, **{name: change(value) for name, value in self._tensors().items()})
+
+    def cut(self, part: slice) -> Self:
+        """The given positions."""
+        return self.each(lambda tensor: tensor[part])
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors in the order of the fields, labels first."""
+        return tuple(self._tensors().values())
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Self:
+        """The same kind of targets around other tensors, in the order of ``tensors()``."""
+        return replace(self, **dict(zip(self._tensors(), tensors, strict=True)))
+
+    @classmethod
+    def join(cls, parts: "Sequence[SoftTargets]") -> "SoftTargets":
+        """One after the other; all of one kind."""
+        if len(parts) == 1:
+            return parts[0]
+        return parts[0].with_tensors(
+            [torch.cat(group) for group in zip(*(part.tensors() for part in parts), strict=True)]
+        )
+
+
+@dataclass(frozen=True)
+class TopkTargets(SoftTargets):
+    """The K likeliest tokens per position and the mass of all others; log-probabilities in nats at ``temperature``."""
+
     ids_TK: torch.Tensor
     """int32, distinct in each row."""
     logp_TK: torch.Tensor
@@ -98,22 +122,39 @@ class TopkTargets:
     """float32; log of the mass outside the K entries, ``-inf`` where there is none."""
     entropy_T: torch.Tensor
     """float32; the teacher's full entropy in nats at ``temperature``."""
-
-    def __len__(self) -> int:
-        return int(self.labels_T.shape[0])
+    shift_T: torch.Tensor
+    """float32; ``temperature * logp + shift`` is the log-probability at temperature 1 (0 where that is it)."""
+    temperature: float
 
 
 @dataclass(frozen=True)
-class HiddenTargets:
+class SampledTargets(SoftTargets):
+    """Weighted draws from the teacher's distribution at ``temperature``: E[sum of the weights at an id] = p(id)."""
+
+    ids_TK: torch.Tensor
+    """int32; an unused entry has weight 0."""
+    weight_TK: torch.Tensor
+    """float32, >= 0; a row sums to 1."""
+    kept_T: torch.Tensor
+    """int32; the first so many entries have weights of their own, the rest share what they leave evenly (replacement: the
+    used entries)."""
+    entropy_T: torch.Tensor
+    """float32; the teacher's full entropy in nats at ``temperature``."""
+    temperature: float
+
+
+@dataclass(frozen=True)
+class HiddenTargets(SoftTargets):
     """The teacher's input to its lm_head; the student holds the head, fetched once."""
 
-    labels_T: torch.Tensor
-    """int32; the token id each position predicts, as the teacher saw it."""
     hidden_TD: torch.Tensor
     """bfloat16."""
 
-    def __len__(self) -> int:
-        return int(self.labels_T.shape[0])
 
+@dataclass(frozen=True)
+class DenseTargets(SoftTargets):
+    """Every log-probability in nats at ``temperature``; ``-inf`` for a token the teacher rules out."""
 
-SoftTargets = TopkTargets | HiddenTargets
+    logp_TV: torch.Tensor
+    """float32."""
+    temperature: float

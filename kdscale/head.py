@@ -27,6 +27,10 @@ class Head:
     bias_V: torch.Tensor | None
     spec: HeadSpec
 
+    def to(self, device: torch.device) -> "Head":
+        bias = None if self.bias_V is None else self.bias_V.to(device)
+        return Head(self.weight_VD.to(device), bias, self.spec)
+
     def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """Float32 logits [T, V] over the true vocabulary; the product runs in the weight's dtype."""
         return head_logits(hidden_TD, self.weight_VD, self.bias_V, self.spec)
@@ -37,14 +41,19 @@ def head_logits(
 ) -> torch.Tensor:
     """Float32 logits [T, V] over the true vocabulary of ``spec``."""
     weight_VD = weight_VD[: spec.vocab_size]
-    logits_TV = (hidden_TD.to(weight_VD.dtype) @ weight_VD.T).float()
+    product_TV = (hidden_TD.to(weight_VD.dtype) @ weight_VD.T).float()
+    return finish_logits(product_TV, bias_V, spec)
+
+
+def finish_logits(product_TV: torch.Tensor, bias_V: torch.Tensor | None, spec: HeadSpec) -> torch.Tensor:
+    """Bias, scale and softcap, in place, on ``hidden @ weight.T`` in float32."""
     if bias_V is not None:
-        logits_TV = logits_TV + bias_V[: spec.vocab_size].float()
+        product_TV += bias_V[: spec.vocab_size]
     if spec.scale != 1.0:
-        logits_TV = logits_TV * spec.scale
+        product_TV *= spec.scale
     if spec.softcap is not None:
-        logits_TV = spec.softcap * torch.tanh(logits_TV / spec.softcap)
-    return logits_TV
+        product_TV.div_(spec.softcap).tanh_().mul_(spec.softcap)
+    return product_TV
 
 
 def chunk_rows(vocab_size: int, chunk_bytes: int) -> int:

@@ -16,6 +16,8 @@ class StepMetrics:
     loss: float
     soft: float
     hard: float
+    kl: float | None
+    """Forward KL at temperature 1, over what the payload tells of it; none where it tells nothing."""
     top1_agreement: float
     teacher_entropy: float
     teacher_kept_mass: float

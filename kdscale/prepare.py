@@ -11,7 +11,6 @@ from kdscale.data.tokenizer import Tokenizer, load_tokenizer
 from kdscale.engine.models import load_config, model_digest, resolve_model
 from kdscale.engine.settings import check_settings
 from kdscale.errors import IdentityError, ModelError
-from kdscale.losses.objective import check_support
 from kdscale.stream.protocol import Meaning
 
 
@@ -31,7 +30,6 @@ def prepare(config: RunConfig) -> Prepared:
         ModelError: a model is missing or of an unknown kind.
         IdentityError: another tokenizer than the teacher's.
     """
-    check_support(config.targets.payload, config.loss.divergence)
     check_settings(config)
     directory = resolve_model(config.teacher.model)
     teacher_tokenizer = load_tokenizer(str(directory))

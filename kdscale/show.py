@@ -10,8 +10,7 @@ from rich.table import Table
 from kdscale.config.schema import RunConfig
 from kdscale.engine.settings import batch_cut, check_settings, student_dtype, topology_of
 from kdscale.estimate import ModelFiles, item_bytes, read_model, student_memory, student_parameters, teacher_memory
-from kdscale.losses.objective import check_support
-from kdscale.targets.codec import topk_bytes
+from kdscale.targets.layout import row_bytes
 
 UNKNOWN = "unknown"
 _REFERENCE_TOKENS_PER_SECOND = 10_000
@@ -20,7 +19,6 @@ _REFERENCE_TOKENS_PER_SECOND = 10_000
 def show(config: RunConfig, console: Console) -> None:
     """Print everything about ``config`` that can be known without starting it. Raises: ConfigError."""
     check_settings(config)
-    check_support(config.targets.payload, config.loss.divergence)
     teacher = read_model(config.teacher.model)
     console.print("[bold]config[/bold]")
     console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False, highlight=False)
@@ -80,16 +78,21 @@ def _memory(config: RunConfig, files: ModelFiles) -> Table:
 
 def _stream(config: RunConfig, teacher: ModelFiles) -> Table:
     table = _table("stream")
-    if config.loss.hard_weight == 1:
+    if not config.loss.soft:
         table.add_row("payload", "none: loss.hard_weight = 1 trains on labels only")
         return table
     if teacher.vocab_size is None:
         table.add_row("bytes per token", UNKNOWN)
         return table
-    size = topk_bytes(config.targets.k, teacher.vocab_size)
+    spec = config.target_spec(0)
+    if spec.payload == "hidden" and teacher.hidden_size is None:
+        table.add_row("bytes per token", UNKNOWN)
+        return table
+    size = row_bytes(spec, teacher.vocab_size, teacher.hidden_size or 0)
     per_step = size * config.train.batch_rows * config.data.row_tokens
     in_flight = size * config.train.micro_rows * config.data.row_tokens * config.stream.in_flight
-    table.add_row("payload", f"top-{config.targets.k} + tail, {size} bytes a token")
+    names = {"topk": f"top-{spec.k} + tail", "sampled": f"{spec.k} samples", "hidden": "hidden states", "dense": "all"}
+    table.add_row("payload", f"{names[spec.payload]} as {spec.encoding}, {size} bytes a token")
     table.add_row("a step", f"at most {_size(per_step)}")
     table.add_row("in flight, per student rank", f"at most {_size(in_flight)}")
     rate = _size(size * _REFERENCE_TOKENS_PER_SECOND)

@@ -10,7 +10,7 @@ from kdscale.engine.settings import topology_of
 from kdscale.errors import ModelError
 from kdscale.evaluate.efficiency import Efficiency, measure
 from kdscale.prepare import Prepared
-from kdscale.targets.codec import topk_bytes
+from kdscale.targets.layout import row_bytes
 
 _LOG = log.get(__name__)
 _LIMIT_S = 300.0
@@ -48,7 +48,7 @@ def make_summary(
     before, after = report.get("quality_before", {}), report.get("quality_after", {})
     real = sum(stats["tokens"] for stats in teacher_stats)
     dummy = sum(stats["dummy_tokens"] for stats in teacher_stats)
-    soft = config.loss.hard_weight < 1
+    soft = config.loss.soft
     meaning = prepared.meaning
     summary = {
         "name": config.run.name,
@@ -68,9 +68,9 @@ def make_summary(
         "teacher_forwards": teacher_stats[0]["forwards"],
         "dummy_token_share": dummy / (real + dummy) if real + dummy else None,
         "payload": config.targets.payload if soft else None,
-        "bytes_per_token": topk_bytes(config.targets.k, meaning.vocab_size) if soft else None,
+        "bytes_per_token": row_bytes(config.target_spec(0), meaning.vocab_size, meaning.hidden_size) if soft else None,
         "teacher_wait_share": totals["wait_seconds"] / totals["seconds"] if totals["seconds"] else None,
-        "hard_weight": config.loss.hard_weight,
+        "hard_weight": config.model_dump()["loss"]["hard_weight"],
         "heldout_tokens": after.get("num_tokens"),
         "kl_before": before.get("kl"),
         "kl_after": after.get("kl"),

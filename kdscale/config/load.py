@@ -114,7 +114,7 @@ def _deepspeed(value: Any, beside: Path) -> Any:
 def _explain(error: ValidationError, path: Path, lines: dict[str, str]) -> str:
     messages = []
     for fault in error.errors():
-        parts = [str(part) for part in fault["loc"]]
+        parts = [str(part) for part in fault["loc"] if not str(part).startswith("<")]
         dotted = ".".join(parts)
         place = next((lines[key] for n in range(len(parts), 0, -1) if (key := ".".join(parts[:n])) in lines), str(path))
         match fault["type"]:
@@ -141,6 +141,6 @@ def _fields_of(parts: list[str]) -> list[str]:
     model: type[BaseModel] = RunConfig
     for part in parts:
         annotation = model.model_fields[part].annotation
-        options = [annotation, *get_args(annotation)]
+        options = [annotation, *get_args(annotation), *(one for arg in get_args(annotation) for one in get_args(arg))]
         model = next(one for one in options if isinstance(one, type) and issubclass(one, BaseModel))
     return list(model.model_fields)

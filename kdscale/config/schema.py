@@ -3,10 +3,17 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
+
+from kdscale.config.schedule import Scheduled, ends, value_at, within
+from kdscale.config.section import Section
+from kdscale.spec import ENCODINGS, SUPPORT, DivergenceName, Encoding, Payload, Sampler, TargetSpec
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+Temperature = Annotated[Scheduled, AfterValidator(within(lambda v: 0.05 <= v <= 100, "lie in [0.05, 100]"))]
+Share = Annotated[Scheduled, AfterValidator(within(lambda v: 0 <= v <= 1, "lie in [0, 1]"))]
+OpenShare = Annotated[Scheduled, AfterValidator(within(lambda v: 0 < v < 1, "lie strictly between 0 and 1"))]
+Skew = Annotated[Scheduled, AfterValidator(within(lambda v: 0 <= v < 1, "lie in [0, 1)"))]
 
 
 def _safe_name(value: str) -> str:
@@ -16,12 +23,6 @@ def _safe_name(value: str) -> str:
 
 
 SafeName = Annotated[str, AfterValidator(_safe_name)]
-
-
-class Section(BaseModel):
-    """A frozen part of the config; its fields' docs are the user's reference."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -38,7 +39,7 @@ class RunSection(Section):
 class DataSection(Section):
     train: list[str] = Field(min_length=1)
     """Files, globs, Hugging Face dataset directories or hub names to train on (text, jsonl, parquet)."""
-    heldout: list[str] = []
+    heldout: list[str] = Field([])
     """The same for held-out text. Empty: every ``heldout_every``-th training document is held out."""
     heldout_every: int = Field(50, ge=2)
     """Which share of the documents is held out when ``heldout`` is empty."""
@@ -91,7 +92,7 @@ class StudentSection(Section):
     """With ``model``: directory or hub name."""
     config: dict[str, Any] | None = None
     """With ``config``: a transformers config as a mapping (``model_type`` and its fields)."""
-    freeze: list[str] = []
+    freeze: list[str] = Field([])
     """Regular expressions; parameters whose name one of them finds are not trained."""
     dtype: Dtype = "auto"
     """Like ``teacher.dtype``."""
@@ -108,23 +109,42 @@ class StudentSection(Section):
 
 
 class TargetsSection(Section):
-    payload: Literal["topk"] = "topk"
-    """What a trained position receives: the k likeliest tokens and the mass of all others."""
+    payload: Payload = "topk"
+    """What a trained position receives. topk: the k likeliest tokens and the mass of all others; sampled: k tokens that
+    stand for the whole distribution without bias; hidden: the teacher's last hidden state (its head is fetched once);
+    dense: all log-probabilities."""
     k: int = Field(64, ge=1, le=4096)
-    """Kept entries per position."""
+    """Entries per position of ``topk`` and ``sampled``."""
+    encoding: Literal["auto"] | Encoding = "auto"
+    """How numbers travel: float16 or uint8 (topk, sampled), bfloat16 or int8 (hidden), float32 (dense). auto: the first
+    that is named here for the payload."""
+    sampler: Sampler = "threshold"
+    """How ``sampled`` draws. threshold: likely tokens exactly, the others by systematic sampling; replacement:
+    independent draws (arXiv 2503.16870)."""
 
 
 class LossSection(Section):
-    divergence: Divergence = "forward_kl"
-    """forward_kl (Hinton 2015), reverse_kl (MiniLLM 2023) or jsd (GKD 2023), between teacher and student."""
-    temperature: float = Field(1.0, ge=0.05, le=100)
+    """``temperature``, ``hard_weight``, ``beta`` and ``skew`` take a number, or ``{shape: linear, start: A, end: B}``."""
+
+    divergence: DivergenceName = "forward_kl"
+    """Between teacher and student; ``kdscale.losses.divergence`` defines each."""
+    temperature: Temperature = 1.0
     """Softens both distributions; the teacher applies it before truncation."""
-    hard_weight: float = Field(0.1, ge=0, le=1)
+    hard_weight: Share = 0.1
     """Share of the cross-entropy with the true labels; 1 trains on labels only."""
-    beta: float = Field(0.5, gt=0, lt=1)
+    beta: OpenShare = 0.5
     """Weight of the teacher in ``jsd``'s mixture."""
+    skew: Skew = 0.1
+    """Weight of the first distribution in the mixture of the skewed divergences."""
+    head_mass: float = Field(0.5, gt=0, lt=1)
+    """``adaptive_kl``: mass of the least likely tokens that make the tail."""
     chunk_mib: float = Field(64, gt=0)
     """Memory budget of the loss's largest tile, MiB."""
+
+    @property
+    def soft(self) -> bool:
+        """Whether any step learns from the teacher."""
+        return min(ends(self.hard_weight)) < 1
 
 
 class TrainSection(Section):
@@ -209,7 +229,7 @@ class RunConfig(Section):
     """What the student minimises."""
     train: TrainSection = TrainSection()
     """Steps, batch and optimizer."""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field({})
     """The student's DeepSpeed config: path of a JSON file, or the same inline; kdscale fills in batch sizes."""
     stream: StreamSection = StreamSection()
     """Requests and listeners."""
@@ -225,6 +245,33 @@ class RunConfig(Section):
         """ZeRO stage of the student."""
         stage: int = self.deepspeed.get("zero_optimization", {}).get("stage", 0)
         return stage
+
+    def target_spec(self, step: int) -> TargetSpec:
+        """What step ``step`` (from 0) asks the teacher for."""
+        targets = self.targets
+        encoding = ENCODINGS[targets.payload][0] if targets.encoding == "auto" else targets.encoding
+        # Only what the payload uses: a request is not another one for what makes no difference to its answer.
+        named = targets.payload in ("topk", "sampled")
+        temperature = 1.0 if targets.payload == "hidden" else value_at(self.loss.temperature, step, self.train.steps)
+        if targets.payload == "sampled":
+            return TargetSpec("sampled", targets.k, temperature, encoding, targets.sampler, self.run.seed)
+        return TargetSpec(targets.payload, targets.k if named else 0, temperature, encoding)
+
+    @model_validator(mode="after")
+    def _targets(self) -> "RunConfig":
+        payload, divergence = self.targets.payload, self.loss.divergence
+        if divergence not in SUPPORT[payload]:
+            others = [name for name, carried in SUPPORT.items() if divergence in carried]
+            raise ValueError(
+                f"loss.divergence = {divergence} cannot be had from targets.payload = {payload}, which carries"
+                f" {', '.join(SUPPORT[payload])}; use targets.payload = {' or '.join(others)}"
+            )
+        if self.targets.encoding not in ("auto", *ENCODINGS[payload]):
+            raise ValueError(
+                f"targets.encoding = {self.targets.encoding}: payload {payload} travels as"
+                f" {' or '.join(ENCODINGS[payload])}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _student_source(self) -> "RunConfig":

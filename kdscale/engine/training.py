@@ -1,6 +1,5 @@
 """A DeepSpeed engine around a module, and the learning rate as a pure function of the step."""
 
-import math
 from typing import Any
 
 import deepspeed
@@ -8,6 +7,7 @@ import torch
 from deepspeed import DeepSpeedEngine as Engine
 from torch import nn
 
+from kdscale.config.schedule import progress
 from kdscale.config.schema import TrainSection
 
 __all__ = ["Engine", "gradient_norm", "learning_rate", "set_learning_rate", "training_engine"]
@@ -26,13 +26,7 @@ def learning_rate(step: int, train: TrainSection) -> float:
         return train.lr * (step + 1) / train.warmup_steps
     span = max(1, train.steps - 1 - train.warmup_steps)
     done = min(1.0, (step - train.warmup_steps) / span)
-    match train.schedule:
-        case "constant":
-            share = 1.0
-        case "linear":
-            share = 1.0 - (1.0 - train.final_lr_share) * done
-        case "cosine":
-            share = train.final_lr_share + (1.0 - train.final_lr_share) * 0.5 * (1.0 + math.cos(math.pi * done))
+    share = 1.0 - (1.0 - train.final_lr_share) * progress(train.schedule, done)
     return train.lr * share
 
 

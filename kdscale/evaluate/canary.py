@@ -1,17 +1,21 @@
 """Served == local: what the teacher serves is what a plain forward of the same files gives. Checked before step 1."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from kdscale.batch import PADDING_SEGMENT, TargetSpec, TokenBatch, TopkTargets
+from kdscale.batch import PADDING_SEGMENT, DenseTargets, HiddenTargets, SoftTargets, TokenBatch, TopkTargets
 from kdscale.engine.models import load_causal_lm
 from kdscale.errors import CanaryError
+from kdscale.head import Head
+from kdscale.spec import TargetSpec
 from kdscale.stream.prefetch import check_alignment
 from kdscale.stream.source import TargetSource
+from kdscale.targets.payloads import make_targets, targets_of_logits
 
 # float16 on the wire rounds a log-probability of -8 by 4e-3; a bfloat16 forward rounds logits of 30 by 0.1.
 _TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.35}
+_ENTRIES = 64
 _PROBABLE = -6.0
 """Entries likelier than e^-6 are compared; the others are all noise in bfloat16."""
 
@@ -31,23 +35,43 @@ class CanaryReport:
         )
 
 
+def served_topk(batch: TokenBatch, spec: TargetSpec, source: TargetSource, head: Head | None) -> TopkTargets:
+    """The served teacher's likeliest tokens on ``batch``, by the payload that ``spec`` names where it tells them.
+
+    ``head`` is the teacher's, fetched over the stream: needed for hidden states. Samples tell no log-probabilities, so the
+    same rows are asked for as top-k.
+    """
+    top = TargetSpec("topk", k=_ENTRIES, temperature=spec.temperature)
+    asked = {"topk": spec, "sampled": top}.get(spec.payload, spec)
+    served = source.fetch(batch, asked)
+    check_alignment(batch, served)
+    match served:
+        case HiddenTargets():
+            assert head is not None
+            return _topk(make_targets(served.hidden_TD, head, served.labels_T, top))
+        case DenseTargets():
+            # Normalised already, whatever the temperature.
+            plain = TargetSpec("topk", k=_ENTRIES)
+            found = _topk(targets_of_logits(served.logp_TV.clone(), served.labels_T, plain))
+            return replace(found, temperature=served.temperature)
+        case _:
+            return _topk(served)
+
+
+def _topk(targets: SoftTargets) -> TopkTargets:
+    assert isinstance(targets, TopkTargets)
+    return targets
+
+
 def run_canary(
-    batch: TokenBatch,
-    spec: TargetSpec,
-    source: TargetSource,
-    teacher_directory: str,
-    vocab_size: int,
-    dtype: torch.dtype,
+    batch: TokenBatch, served: TopkTargets, teacher_directory: str, vocab_size: int, dtype: torch.dtype
 ) -> CanaryReport:
     """Compare served targets of ``batch`` with transformers' own forward, one document at a time.
 
     Raises:
         CanaryError: they differ; training on such targets would silently teach something else.
     """
-    served = source.fetch(batch, spec)
-    check_alignment(batch, served)
-    assert isinstance(served, TopkTargets)
-    return compare(served, plain_logp(batch, teacher_directory, vocab_size, dtype, spec.temperature), dtype)
+    return compare(served, plain_logp(batch, teacher_directory, vocab_size, dtype, served.temperature), dtype)
 
 
 @torch.no_grad()

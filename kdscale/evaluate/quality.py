@@ -5,19 +5,22 @@ T = positions, V = true vocabulary, D = hidden size.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
-from kdscale.batch import HiddenTargets, TargetSpec, TokenBatch
-from kdscale.head import Head, chunk_rows
+from kdscale.batch import HiddenTargets, TokenBatch
+from kdscale.head import Head
+from kdscale.losses.divergence import Divergence
+from kdscale.losses.fused import STATS, fused_loss
+from kdscale.losses.objective import Objective
+from kdscale.spec import TargetSpec
 from kdscale.stream.prefetch import Prefetcher
 from kdscale.stream.source import TargetSource
 
 CHUNK_BYTES = 64 << 20
-HIDDEN = TargetSpec(payload="hidden")
+HIDDEN = TargetSpec(payload="hidden", encoding="bfloat16")
 Scorer = Callable[[TokenBatch], torch.Tensor]
 """A batch's final hidden states at its trained positions, [T, D]."""
 
@@ -41,46 +44,57 @@ class TeacherView:
     """The teacher's side of the held-out text, fetched once and used before and after."""
 
     batches: list[TokenBatch]
-    hidden: list[torch.Tensor]
+    targets: list[HiddenTargets]
     head: Head
+    nll: float
+    """Sum of the teacher's negative log-likelihood of the labels, nats."""
 
 
+@torch.no_grad()
 def teacher_view(
-    batches: list[TokenBatch], source: TargetSource, fetch_head: Callable[[], Head], in_flight: int
+    batches: list[TokenBatch], source: TargetSource, head: Head, in_flight: int, device: torch.device
 ) -> TeacherView:
-    """Ask the served teacher for its hidden states on ``batches`` and for its head, all at once.
+    """Ask the served teacher for its hidden states on ``batches``; ``head`` is its head.
 
     Raises:
         StreamError, IdentityError: what the source raises.
     """
-    with ThreadPoolExecutor(1) as beside:
-        head = beside.submit(fetch_head)
-        prefetcher = Prefetcher(source, HIDDEN, iter(batches), in_flight)
-        try:
-            targets = [prefetcher.next().targets for _ in batches]
-        finally:
-            prefetcher.close()
-        hidden = [one.hidden_TD for one in targets if isinstance(one, HiddenTargets)]
-        return TeacherView(batches, hidden, head.result())
+    prefetcher = Prefetcher(source, ((batch, HIDDEN) for batch in batches), in_flight)
+    try:
+        fetched = [prefetcher.next().targets for _ in batches]
+    finally:
+        prefetcher.close()
+    head = head.to(device)
+    targets = [one.each(lambda tensor: tensor.to(device)) for one in fetched if isinstance(one, HiddenTargets)]
+    nll = sum(float(_scored(one.hidden_TD, head, one.labels_T, None, None)[0]) for one in targets)
+    return TeacherView(batches, targets, head, nll)
+
+
+def _scored(
+    hidden_TD: torch.Tensor, head: Head, labels_T: torch.Tensor, targets: HiddenTargets | None, teacher: Head | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return fused_loss(
+        hidden_TD,
+        head.weight_VD,
+        head.bias_V,
+        head.spec,
+        labels_T,
+        targets,
+        Objective(Divergence("forward_kl")),
+        chunk_bytes=CHUNK_BYTES,
+        teacher_head=teacher,
+    )
 
 
 @torch.no_grad()
 def quality_sums(student_hidden: list[torch.Tensor], student_head: Head, view: TeacherView) -> torch.Tensor:
     """float64 sums [KL, agreements, student's and teacher's negative log-likelihood, tokens], to be added over ranks."""
     sums = torch.zeros(5, dtype=torch.float64)
-    rows = chunk_rows(view.head.spec.vocab_size, CHUNK_BYTES)
-    for batch, ours, theirs in zip(view.batches, student_hidden, view.hidden, strict=True):
-        labels = torch.from_numpy(batch.labels()).long()
-        for start in range(0, len(labels), rows):
-            part = slice(start, start + rows)
-            student = torch.log_softmax(student_head.logits(ours[part]), -1).cpu()
-            teacher = torch.log_softmax(view.head.logits(theirs[part]), -1)
-            label = labels[part].unsqueeze(1)
-            sums[0] += (teacher.exp() * (teacher - student)).sum().double()
-            sums[1] += (teacher.argmax(-1) == student.argmax(-1)).sum().double()
-            sums[2] -= student.gather(1, label).sum().double()
-            sums[3] -= teacher.gather(1, label).sum().double()
-            sums[4] += len(label)
+    sums[3] = view.nll
+    for hidden_TD, targets in zip(student_hidden, view.targets, strict=True):
+        stats = dict(zip(STATS, _scored(hidden_TD, student_head, targets.labels_T, targets, view.head)[1], strict=True))
+        for index, name in ((0, "kl"), (1, "top1_agree"), (2, "hard"), (4, "count")):
+            sums[index] += stats[name].double().cpu()
     return sums
 
 

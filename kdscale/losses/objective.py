@@ -1,38 +1,31 @@
-"""What the student minimises: soft and hard loss in one formula, and which payload can carry which divergence."""
+"""What the student minimises at a step: soft and hard loss in one formula."""
 
 from dataclasses import dataclass
 
+from kdscale.config.schedule import Schedule, value_at
 from kdscale.config.schema import LossSection
-from kdscale.errors import ConfigError
-
-SUPPORT: dict[str, tuple[str, ...]] = {"topk": ("forward_kl", "reverse_kl", "jsd")}
-
-
-def check_support(payload: str, divergence: str) -> None:
-    """Raises: ConfigError when the payload does not carry what the divergence needs."""
-    carried = SUPPORT.get(payload, ())
-    if divergence not in carried:
-        raise ConfigError(
-            f"loss.divergence = {divergence} cannot be had from targets.payload = {payload}, which carries"
-            f" {', '.join(carried) or 'none'}"
-        )
+from kdscale.losses.divergence import Divergence
 
 
 @dataclass(frozen=True)
 class Objective:
     """``(1 - hard_weight) * s(temperature) * D + hard_weight * CE``; the hard term is at temperature 1."""
 
-    divergence: str
-    temperature: float
-    hard_weight: float
-    beta: float = 0.5
-
-    @staticmethod
-    def from_config(loss: LossSection) -> "Objective":
-        return Objective(loss.divergence, loss.temperature, loss.hard_weight, loss.beta)
+    divergence: Divergence
+    temperature: float = 1.0
+    hard_weight: float = 0.0
 
     @property
     def soft_factor(self) -> float:
-        """Factor of the divergence: its weight times s(temperature) = temperature^2, which keeps the soft gradient's size
-        about independent of the temperature for the KL family (Hinton et al. 2015, section 2)."""
-        return (1 - self.hard_weight) * self.temperature**2
+        """What the divergence is multiplied by: its weight and its temperature factor."""
+        return (1 - self.hard_weight) * self.divergence.temperature_factor(self.temperature)
+
+
+def objective_at(loss: LossSection, step: int, steps: int) -> Objective:
+    """The objective of step ``step`` (from 0) of ``steps``."""
+
+    def now(value: float | Schedule) -> float:
+        return value_at(value, step, steps)
+
+    kind = Divergence(loss.divergence, beta=now(loss.beta), skew=now(loss.skew), head_mass=loss.head_mass)
+    return Objective(kind, temperature=now(loss.temperature), hard_weight=now(loss.hard_weight))

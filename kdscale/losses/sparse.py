@@ -1,14 +1,17 @@
-"""Divergences over top-k targets: K kept entries and one tail bucket on both sides, a (K+1)-way distribution.
+"""Divergences over targets that name only some of the vocabulary: top-k with a tail, and samples.
 
-T = positions, V = vocabulary, K = kept entries. A lower bound of the full divergence that rises to it with K.
+T = positions, V = vocabulary, K = named entries. ``topk``: the K kept entries and one tail bucket on both sides, a
+(K+1)-way distribution; a lower bound of the full divergence that rises to it with K. ``sampled``: an estimate of p whose
+expectation is p.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 
-from kdscale.losses.divergence import log_mixture, log_prob, require_known, terms
+from kdscale.errors import ConfigError
+from kdscale.losses.divergence import Divergence, gradient, log_prob, total
+from kdscale.spec import SEPARABLE
 
 _LOG_TINY = math.log(torch.finfo(torch.float32).tiny)
 
@@ -22,23 +25,25 @@ def divergence(
     *,
     temperature: float = 1.0,
     beta: float = 0.5,
+    skew: float = 0.1,
 ) -> torch.Tensor:
     """Divergence per position [T], in nats; ``logp`` and ``tail_logp`` are the teacher's at ``temperature``.
 
     The reference: any float dtype, differentiable, nothing chunked. At K >= V - 1 it equals the dense divergence.
 
     Raises:
-        ConfigError: unknown name, or ``beta`` outside (0, 1).
+        ConfigError: a name that top-k targets don't carry, or a shape parameter out of its bounds.
     """
-    require_known(name, beta)
+    if name not in SEPARABLE:
+        raise ConfigError(f"divergence {name!r} cannot be had from top-k targets; choose one of {', '.join(SEPARABLE)}")
     logq_TV = log_prob(student_logits_TV, temperature)
     kept = torch.zeros_like(logq_TV, dtype=torch.bool).scatter_(1, ids_TK.long(), True)
     # Summing what is left, instead of 1 - sum(kept), is exact when nearly all mass is kept.
     rest = torch.where(kept, -torch.inf, logq_TV)
     has_tail = (~kept).any(-1)
     tail_logq_T = torch.where(has_tail, torch.logsumexp(torch.where(has_tail[:, None], rest, 0.0), -1), -torch.inf)
-    logp_TW, logq_TW = _ways(logp_TK.to(logq_TV.dtype), tail_logp_T, logq_TV.gather(1, ids_TK.long()), tail_logq_T)
-    return terms(name, logp_TW, logq_TW, beta).sum(-1)
+    ways = _ways(logp_TK.to(logq_TV.dtype), tail_logp_T, logq_TV.gather(1, ids_TK.long()), tail_logq_T)
+    return total(Divergence(name, beta, skew), *ways)
 
 
 def _ways(
@@ -54,42 +59,40 @@ def _ways(
     return torch.cat([logp_TK, tail_logp[:, None]], dim=1), torch.cat([logq_TK, tail_logq[:, None]], dim=1)
 
 
-@dataclass(frozen=True)
-class KeptGradient:
-    """Derivative of the divergence with respect to the student's scaled logits u, in the form the fused loss needs.
-
-    kept i: ``kept_TK[i]``; any other j: ``q_j * tail_factor_T``.
-    """
-
-    value_T: torch.Tensor
-    kept_TK: torch.Tensor
-    tail_factor_T: torch.Tensor
-
-
 def kept_gradient(
-    name: str,
+    kind: Divergence,
     logp_TK: torch.Tensor,
     tail_logp_T: torch.Tensor,
     logq_TK: torch.Tensor,
     tail_logq_T: torch.Tensor,
-    beta: float,
-) -> KeptGradient:
-    """Value and gradient of the (K+1)-way divergence, in closed form.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Value [T] of the (K+1)-way divergence and its derivative with respect to the student's scaled logits, in closed form.
 
-    With h = dD/dq over the K+1 ways: du_j = q_j (h_way(j) - sum over ways q h). ``q h`` is formed directly where h alone
-    would overflow.
+    Returns (value_T, kept_TK, tail_factor_T): the kept entry i gets ``kept_TK[i]``, any other j gets
+    ``q_j * tail_factor_T``.
     """
     logp, logq = _ways(logp_TK, tail_logp_T, logq_TK, tail_logq_T)
-    value = terms(name, logp, logq, beta).sum(-1)
-    q = logq.exp()
-    match name:
-        case "forward_kl":
-            qh = -logp.exp()
-        case "reverse_kl":
-            qh = terms(name, logp, logq, beta) + q
-        case _:
-            qh = torch.where(q > 0, (1 - beta) * q * (logq - log_mixture(logp, logq, beta)), 0.0)
-    mean = qh.sum(-1, keepdim=True)
-    grad = qh - q * mean
-    tiny = torch.finfo(q.dtype).tiny
-    return KeptGradient(value, grad[:, :-1], torch.where(q[:, -1] > 0, grad[:, -1] / q[:, -1].clamp_min(tiny), 0.0))
+    grad, tail_q = gradient(kind, logp, logq), logq[:, -1].exp()
+    factor = torch.where(tail_q > 0, grad[:, -1] / tail_q.clamp_min(torch.finfo(tail_q.dtype).tiny), 0.0)
+    return total(kind, logp, logq), grad[:, :-1], factor
+
+
+def sampled_divergence(
+    student_logits_TV: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+    entropy_T: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Estimate of the forward KL per position [T] from weighted samples with E[weights at id] = p(id), in nats.
+
+    ``-sum(weight log q) - entropy``: unbiased in value and gradient where the draws are, and not bounded by 0 (Anshumann et
+    al. 2025, arXiv 2503.16870, equation 4; the teacher's entropy at ``temperature`` makes a divergence of it).
+    """
+    logq_TK = log_prob(student_logits_TV, temperature).gather(1, ids_TK.long())
+    return sampled_value(logq_TK, weight_TK, entropy_T)
+
+
+def sampled_value(logq_TK: torch.Tensor, weight_TK: torch.Tensor, entropy_T: torch.Tensor) -> torch.Tensor:
+    return -(weight_TK * logq_TK).sum(-1) - entropy_T

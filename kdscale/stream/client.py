@@ -9,18 +9,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.flight as fl
 import tenacity
-import torch
 import xxhash
 
 from kdscale import log
-from kdscale.batch import HiddenTargets, SoftTargets, TargetSpec, TokenBatch, TopkTargets
+from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.config.schema import StreamSection
 from kdscale.errors import IdentityError, PayloadError, StreamError
 from kdscale.head import Head
+from kdscale.spec import TargetSpec
 from kdscale.stream.directory import list_endpoints
 from kdscale.stream.protocol import Access, Endpoint, Header, Meaning, call, connect, encode_rows, message
 from kdscale.stream.server import decode_head
 from kdscale.targets import arrow
+from kdscale.targets.layout import schema as target_schema
 
 _LOG = log.get(__name__)
 _FATAL = {"IdentityError": IdentityError, "PayloadError": PayloadError}
@@ -58,7 +59,7 @@ class FlightSource:
         with self._lock:
             self._sequence += 1
             request = f"{self._who}-{batch.number}-{self._sequence}"
-        header = Header(request, spec, self._meaning, num_columns=batch.ids_RL.shape[1])
+        header = Header(request, spec, self._meaning, batch.ids_RL.shape[1], batch.number)
         return self._retrying(request, batch.num_tokens_real, lambda line: self._exchange(line, header, batch))
 
     def fetch_head(self) -> Head:
@@ -173,7 +174,7 @@ class FlightSource:
 
     def _receive(self, reader: fl.FlightStreamReader, header: Header, watchdog: "_Watchdog") -> SoftTargets:
         meaning = self._meaning
-        schema = arrow.schema(header.spec, meaning.vocab_size, meaning.hidden_size)
+        schema = target_schema(header.spec, meaning.vocab_size, meaning.hidden_size)
         digest = xxhash.xxh3_128()
         parts: list[SoftTargets] = []
         count, progress = 0, -1
@@ -205,7 +206,7 @@ class FlightSource:
             count += len(parts[-1])
             self.bytes_received += chunk.data.nbytes
         self.tokens_received += count
-        return _join(parts)
+        return SoftTargets.join(parts)
 
     def _get_head(self, line: _Line) -> Head:
         ticket = fl.Ticket(message(self._access.token))
@@ -237,26 +238,6 @@ class _Watchdog:
 
     def stop(self) -> None:
         self._stopped.set()
-
-
-def _join(parts: list[SoftTargets]) -> SoftTargets:
-    if len(parts) == 1:
-        return parts[0]
-    topk = [part for part in parts if isinstance(part, TopkTargets)]
-    if topk:
-        return TopkTargets(
-            temperature=topk[0].temperature,
-            labels_T=torch.cat([part.labels_T for part in topk]),
-            ids_TK=torch.cat([part.ids_TK for part in topk]),
-            logp_TK=torch.cat([part.logp_TK for part in topk]),
-            tail_logp_T=torch.cat([part.tail_logp_T for part in topk]),
-            entropy_T=torch.cat([part.entropy_T for part in topk]),
-        )
-    hidden = [part for part in parts if isinstance(part, HiddenTargets)]
-    return HiddenTargets(
-        labels_T=torch.cat([part.labels_T for part in hidden]),
-        hidden_TD=torch.cat([part.hidden_TD for part in hidden]),
-    )
 
 
 def _first_line(error: BaseException) -> str:

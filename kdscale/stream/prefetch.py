@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from kdscale.batch import SoftTargets, TargetSpec, TokenBatch
+from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.errors import CoverageError, StreamError
+from kdscale.spec import TargetSpec
 from kdscale.stream.source import TargetSource
 
 
@@ -29,10 +30,9 @@ class Prefetcher:
     nothing is asked for beyond it.
     """
 
-    def __init__(self, source: TargetSource, spec: TargetSpec, batches: Iterator[TokenBatch], in_flight: int) -> None:
+    def __init__(self, source: TargetSource, requests: Iterator[tuple[TokenBatch, TargetSpec]], in_flight: int) -> None:
         self._source = source
-        self._spec = spec
-        self._batches = batches
+        self._requests = requests
         self._in_flight = in_flight
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="prefetch")
         self._window: deque[tuple[TokenBatch, Future[SoftTargets]]] = deque()
@@ -41,10 +41,10 @@ class Prefetcher:
 
     def _fill(self) -> None:
         while len(self._window) < self._in_flight and not self._closed.is_set():
-            batch = next(self._batches, None)
-            if batch is None:
+            request = next(self._requests, None)
+            if request is None:
                 return
-            self._window.append((batch, self._pool.submit(self._source.fetch, batch, self._spec)))
+            self._window.append((request[0], self._pool.submit(self._source.fetch, *request)))
 
     def next(self) -> Fetched:
         """The next batch with its targets.

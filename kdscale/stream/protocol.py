@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as fl
 
-from kdscale.batch import TargetSpec, TokenBatch
+from kdscale.batch import TokenBatch
 from kdscale.errors import IdentityError, PayloadError, StreamError
+from kdscale.spec import TargetSpec
 from kdscale.targets import arrow
 
 PROTOCOL = 1
@@ -77,6 +78,8 @@ class Header:
     meaning: Meaning
     num_columns: int
     """Row length L."""
+    number: int = 0
+    """Batch number, on which ``sampled`` draws depend."""
 
     def dump(self, token: str) -> bytes:
         return json.dumps({"protocol": PROTOCOL, "token": token, **asdict(self)}).encode()
@@ -91,6 +94,7 @@ class Header:
                 spec=TargetSpec(**fields["spec"]),
                 meaning=Meaning(**fields["meaning"]),
                 num_columns=int(fields["num_columns"]),
+                number=int(fields["number"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise StreamError(f"malformed request header: {error!r}") from error
@@ -146,8 +150,9 @@ def encode_rows(batch: TokenBatch) -> pa.RecordBatch:
     return arrow.record_batch(columns, rows_schema(batch.ids_RL.shape[1]))
 
 
-def decode_rows(batch: pa.RecordBatch, num_columns: int, vocab_size: int) -> TokenBatch:
+def decode_rows(batch: pa.RecordBatch, header: Header, vocab_size: int) -> TokenBatch:
     """Raises: PayloadError for another schema or tokens outside the vocabulary."""
+    num_columns = header.num_columns
     arrow.check(batch, rows_schema(num_columns))
     ids, segments, positions = (
         arrow.plane(batch, name, "<i4", num_columns) for name in ("ids", "segments", "positions")
@@ -157,7 +162,9 @@ def decode_rows(batch: pa.RecordBatch, num_columns: int, vocab_size: int) -> Tok
     if positions.size and (positions.min() < 0 or positions.max() >= num_columns):
         raise PayloadError(f"positions span {positions.min()}..{positions.max()}; rows have {num_columns} columns")
     predicts = arrow.plane(batch, "predicts", "u1", num_columns).astype(bool)
-    return TokenBatch(number=0, ids_RL=ids, segments_RL=segments, positions_RL=positions, predicts_RL=predicts)
+    return TokenBatch(
+        number=header.number, ids_RL=ids, segments_RL=segments, positions_RL=positions, predicts_RL=predicts
+    )
 
 
 # ---- calling a server ----

@@ -15,11 +15,12 @@ import pyarrow.flight as fl
 import torch
 import xxhash
 
-from kdscale.batch import HiddenTargets, SoftTargets, TokenBatch, TopkTargets
+from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.errors import IdentityError, KdscaleError, PayloadError, StreamError
 from kdscale.head import Head, HeadSpec
 from kdscale.stream.protocol import Header, Meaning, decode_rows, open_message, require_same_meaning
 from kdscale.targets import arrow
+from kdscale.targets.layout import schema as target_schema
 
 _PART_POSITIONS = 4096
 _HEARTBEAT_S = 2.0
@@ -68,13 +69,13 @@ class TargetServer(fl.FlightServerBase):
             raise fl.FlightUnauthenticatedError(str(error)) from error
         try:
             require_same_meaning(header.meaning, self._meaning)
-            batch = decode_rows(reader.read_chunk().data, header.num_columns, self._meaning.vocab_size)
-            schema = arrow.schema(header.spec, self._meaning.vocab_size, self._meaning.hidden_size)
+            batch = decode_rows(reader.read_chunk().data, header, self._meaning.vocab_size)
+            schema = target_schema(header.spec, self._meaning.vocab_size, self._meaning.hidden_size)
             writer.begin(schema)
             targets = self._answer(self._scorer.submit(header.request, batch, header), context, writer)
             if targets is not None:
                 assert not isinstance(targets, Head)
-                _write(writer, header.request, targets, schema, self._meaning.vocab_size)
+                _write(writer, header, targets, schema, self._meaning.vocab_size)
         except _FATAL as error:
             raise fl.FlightServerError(str(error), extra_info=type(error).__name__.encode()) from error
         except KdscaleError as error:
@@ -120,13 +121,14 @@ class TargetServer(fl.FlightServerBase):
 
 
 def _write(
-    writer: fl.MetadataRecordBatchWriter, request: str, targets: SoftTargets, schema: pa.Schema, vocab_size: int
+    writer: fl.MetadataRecordBatchWriter, header: Header, targets: SoftTargets, schema: pa.Schema, vocab_size: int
 ) -> None:
+    request = header.request
     digest = xxhash.xxh3_128()
     sequence = 0
     for start in range(0, max(len(targets), 1), _PART_POSITIONS):
-        part = _slice(targets, start, start + _PART_POSITIONS)
-        batch = arrow.encode(part, schema, vocab_size)
+        part = targets.cut(slice(start, start + _PART_POSITIONS))
+        batch = arrow.encode(part, header.spec, schema, vocab_size)
         meta: dict[str, Any] = {"request": request, "sequence": sequence, "start": start, "count": len(part)}
         meta["checksum"] = arrow.checksum(batch, meta)
         digest.update(meta["checksum"].encode())
@@ -134,21 +136,6 @@ def _write(
         sequence += 1
     end = {"request": request, "sequence": sequence, "end": len(targets), "digest": digest.hexdigest()}
     writer.write_metadata(json.dumps(end).encode())
-
-
-def _slice(targets: SoftTargets, start: int, stop: int) -> SoftTargets:
-    match targets:
-        case TopkTargets():
-            return TopkTargets(
-                temperature=targets.temperature,
-                labels_T=targets.labels_T[start:stop],
-                ids_TK=targets.ids_TK[start:stop],
-                logp_TK=targets.logp_TK[start:stop],
-                tail_logp_T=targets.tail_logp_T[start:stop],
-                entropy_T=targets.entropy_T[start:stop],
-            )
-        case HiddenTargets():
-            return HiddenTargets(labels_T=targets.labels_T[start:stop], hidden_TD=targets.hidden_TD[start:stop])
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -2,7 +2,8 @@
 
 from typing import Protocol
 
-from kdscale.batch import SoftTargets, TargetSpec, TokenBatch
+from kdscale.batch import SoftTargets, TokenBatch
+from kdscale.spec import TargetSpec
 
 
 class TargetSource(Protocol):

@@ -1,5 +1,6 @@
 """What a student rank does with its life, in order. No Ray: the launcher's ranks run the same."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdscale import log
-from kdscale.batch import TargetSpec, TokenBatch
+from kdscale.batch import TokenBatch
 from kdscale.data.corpus import Corpus, build_corpus
 from kdscale.data.loader import Loader
 from kdscale.data.tokenizer import Tokenizer, load_tokenizer
@@ -23,10 +24,9 @@ from kdscale.engine.settings import batch_cut, student_dtype, student_settings
 from kdscale.engine.sharding import full_numel, gathered
 from kdscale.engine.training import Engine, training_engine
 from kdscale.errors import ConfigError, ModelError
-from kdscale.evaluate.canary import run_canary
+from kdscale.evaluate.canary import run_canary, served_topk
 from kdscale.evaluate.quality import Quality, TeacherView, quality, quality_sums, teacher_view
 from kdscale.head import Head
-from kdscale.losses.objective import Objective
 from kdscale.stream.client import FlightSource
 from kdscale.stream.protocol import Access
 from kdscale.student.module import StudentModule, flatten_batch
@@ -35,6 +35,7 @@ from kdscale.student.trainer import Totals, Trainer
 from kdscale.student.worker import StudentSetup
 
 _LOG = log.get(__name__)
+_NICE = 10
 _HELD_OUT_ROWS = 2
 """Rows of one request for held-out targets."""
 
@@ -55,6 +56,10 @@ class StudentJob:
         self._setup, self._config, self._rank, self._device = setup, config, rank, device
         self._emit, self._should_stop = emit, should_stop
         process.set_threads(config.student.cpus_per_rank, deterministic=config.run.deterministic)
+        if config.cluster.address is None and not config.student.gpus_per_rank:
+            # Teacher and student share these cores. A student that steps back lets each of the teacher's forwards through
+            # at full speed, instead of both waiting for their slower halves.
+            os.nice(_NICE)
         process.set_seed(config.run.seed)
         self._dtype = process.resolve_dtype(student_dtype(config), device)
         self._directory = Path(setup.run_directory)
@@ -65,7 +70,6 @@ class StudentJob:
         module = StudentModule(
             model,
             setup.meaning.vocab_size,
-            Objective.from_config(config.loss),
             int(config.loss.chunk_mib * 2**20),
         )
         settings = student_settings(config, str(self._dtype).removeprefix("torch."))
@@ -97,20 +101,18 @@ class StudentJob:
         cut, packing, columns = batch_cut(config), config.data.packing, config.data.row_tokens
         loader = Loader(corpus.train, packing, columns, cut.rows, config.run.seed)
         trainer = Trainer(
-            config.train,
+            config,
             loader,
             cut,
             self._rank,
-            DataParallelStep(self._engine, cut.micro_steps, cut.data),
+            DataParallelStep(self._engine, self._module.head, cut.micro_steps, cut.data),
             emit=lambda metrics: self._emit({"kind": "step", "metrics": metrics.as_dict()}),
             save=self._save,
-            save_every=config.checkpoint.every_steps,
             should_stop=self._should_stop,
         )
         report, view = self._check_teacher(loader.batch(0), corpus, source)
-        soft = config.loss.hard_weight < 1
         # The teacher works on the first batches while the student is measured.
-        prefetcher = trainer.prefetch(self._start, source, self._spec, config.stream.in_flight) if soft else None
+        prefetcher = trainer.prefetch(self._start, source) if config.loss.soft else None
         try:
             if view is not None and "quality_before" not in self._notes:
                 self._phase("measuring the student before training")
@@ -154,21 +156,23 @@ class StudentJob:
         tokenizer = load_tokenizer(self._config.data.tokenizer or self._setup.teacher_directory)
         return tokenizer, build_corpus(self._config.data, tokenizer, lambda done, total, what: None)
 
-    @property
-    def _spec(self) -> TargetSpec:
-        targets = self._config.targets
-        return TargetSpec(targets.payload, targets.k, self._config.loss.temperature)
-
     def _check_teacher(
         self, row: TokenBatch, corpus: Corpus, source: FlightSource
     ) -> tuple[dict[str, Any], TeacherView | None]:
         """The canary on ``row``; meanwhile the teacher scores the held-out text."""
+        config = self._config
+        needs_head = config.loss.soft and config.targets.payload == "hidden"
+        head = source.fetch_head() if needs_head or config.evaluate.quality else None
+        if needs_head and head is not None:
+            self._module.head.teacher_head = head.to(self._device)
         with ThreadPoolExecutor(1) as beside:
             view = None
-            if self._config.evaluate.quality:
-                batches, in_flight = self._held_out(corpus), self._config.stream.in_flight
-                view = beside.submit(teacher_view, batches, source, source.fetch_head, in_flight)
-            report = {"canary": self._canary(row, source)}
+            if config.evaluate.quality:
+                assert head is not None
+                view = beside.submit(
+                    teacher_view, self._held_out(corpus), source, head, config.stream.in_flight, self._device
+                )
+            report = {"canary": self._canary(row, source, head)}
             self._phase("scoring held-out text by the teacher")
             return report, None if view is None else view.result()
 
@@ -177,7 +181,7 @@ class StudentJob:
 
     # ---- checks and measures ----
 
-    def _canary(self, batch: TokenBatch, source: FlightSource) -> str:
+    def _canary(self, batch: TokenBatch, source: FlightSource, head: Head | None) -> str:
         """Rank 0 compares served and plain targets; the line for the summary."""
         rows = self._config.evaluate.canary_rows
         if self._rank != 0:
@@ -191,7 +195,8 @@ class StudentJob:
         self._phase("checking the served teacher against a plain forward")
         dtype = process.resolve_dtype(self._config.teacher.dtype, self._device)
         vocab_size = self._setup.meaning.vocab_size
-        return run_canary(batch.cut(slice(0, rows)), self._spec, source, str(directory), vocab_size, dtype).line()
+        served = served_topk(batch.cut(slice(0, rows)), self._config.target_spec(0), source, head)
+        return run_canary(batch.cut(slice(0, rows)), served, str(directory), vocab_size, dtype).line()
 
     def _held_out(self, corpus: Corpus) -> list[TokenBatch]:
         """This rank's share of the held-out rows; every rank runs the same number of forwards."""

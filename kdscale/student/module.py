@@ -1,15 +1,15 @@
 """The student with its loss inside: base -> trained positions -> head with loss. Tensors in, tensors out.
 
-R = rows, L = columns, T = positions trained on, V = vocabulary, D = hidden size, K = kept entries.
+R = rows, L = columns, T = positions trained on, D = hidden size.
 """
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kdscale.batch import TokenBatch, TopkTargets
+from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.engine.models import base_hidden, head_of
-from kdscale.head import HeadSpec
+from kdscale.head import Head, HeadSpec
 from kdscale.losses.fused import fused_loss
 from kdscale.losses.objective import Objective
 
@@ -20,44 +20,46 @@ class HeadWithLoss(nn.Module):
     The loss lives in this forward, because ZeRO-3 gathers a module's parameters around its forward and nowhere else.
     """
 
-    def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, spec: HeadSpec, objective: Objective, chunk_bytes: int
-    ) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, spec: HeadSpec, chunk_bytes: int) -> None:
         super().__init__()
         self.weight = weight
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
+        self.teacher_head: Head | None = None
+        """Not a parameter of the student; needed for hidden targets."""
         self._spec = spec
-        self._objective = objective
         self._chunk_bytes = chunk_bytes
+        self._next: tuple[Objective, SoftTargets | None] | None = None
 
-    def forward(
-        self, hidden_TD: torch.Tensor, labels_T: torch.Tensor, *targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss sum, statistics) as ``fused_loss`` gives them; ``targets`` are ``flatten_targets``'s, or none."""
-        soft = None
-        if targets:
-            ids_TK, logp_TK, tail_logp_T, entropy_T = targets
-            soft = TopkTargets(self._objective.temperature, labels_T, ids_TK, logp_TK, tail_logp_T, entropy_T)
+    def expect(self, objective: Objective, targets: SoftTargets | None) -> None:
+        """What the next forward's loss is: modules take tensors only, so this comes beside them."""
+        self._next = objective, targets
+
+    def forward(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss sum, statistics) as ``fused_loss`` gives them."""
+        assert self._next is not None, "expect() comes before every forward with labels"
+        objective, targets = self._next
+        self._next = None
         return fused_loss(
             hidden_TD,
             self.weight,
             self.bias,
             self._spec,
             labels_T,
-            soft,
-            self._objective,
+            targets,
+            objective,
             chunk_bytes=self._chunk_bytes,
+            teacher_head=self.teacher_head,
         )
 
 
 class StudentModule(nn.Module):
     """What DeepSpeed trains. Parameter names are the model's own behind ``model.``."""
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, objective: Objective, chunk_bytes: int) -> None:
+    def __init__(self, model: PreTrainedModel, vocab_size: int, chunk_bytes: int) -> None:
         super().__init__()
         weight, bias, self.head_spec = head_of(model, vocab_size)
-        model.set_output_embeddings(HeadWithLoss(weight, bias, self.head_spec, objective, chunk_bytes))
+        model.set_output_embeddings(HeadWithLoss(weight, bias, self.head_spec, chunk_bytes))
         self.model = model
 
     @property
@@ -72,16 +74,16 @@ class StudentModule(nn.Module):
         positions_RL: torch.Tensor,
         trained_T: torch.Tensor,
         labels_T: torch.Tensor | None = None,
-        *targets: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """(loss sum, statistics); without labels the hidden states of the trained positions, ([T, D],).
+        """(loss sum, statistics) of what ``head.expect`` was told; without labels the hidden states of the trained
+        positions, ([T, D],).
 
         ``trained_T`` indexes the flattened rows: positions that are not trained on never meet the head.
         """
         hidden_TD = base_hidden(self.model, ids_RL, positions_RL).flatten(0, 1)[trained_T]
         if labels_T is None:
             return (hidden_TD,)
-        loss, stats = self.head(hidden_TD, labels_T, *targets)
+        loss, stats = self.head(hidden_TD, labels_T)
         return loss, stats
 
 
@@ -93,11 +95,3 @@ def flatten_batch(batch: TokenBatch, device: torch.device) -> tuple[torch.Tensor
         torch.from_numpy(batch.positions_RL).long().to(device),
         trained_T.to(device),
     )
-
-
-def flatten_targets(targets: TopkTargets | None, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """The tensors of ``targets`` in the order ``HeadWithLoss`` takes them."""
-    if targets is None:
-        return ()
-    tensors = (targets.ids_TK, targets.logp_TK, targets.tail_logp_T, targets.entropy_T)
-    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kdscale.batch import TokenBatch, TopkTargets
+from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.engine.process import sum_over_ranks
 from kdscale.engine.scale import backward_factor
 from kdscale.engine.training import Engine, gradient_norm, set_learning_rate
 from kdscale.losses.fused import STATS
-from kdscale.student.module import flatten_batch, flatten_targets
+from kdscale.losses.objective import Objective
+from kdscale.student.module import HeadWithLoss, flatten_batch
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class MicroBatch:
     """This rank's share of a micro-step; targets are absent when training on labels only."""
 
     batch: TokenBatch
-    targets: TopkTargets | None
+    targets: SoftTargets | None
     waited_s: float = 0.0
     """How long the trainer stood waiting for it."""
 
@@ -41,13 +42,20 @@ class StepResult:
 class DataParallelStep:
     """DeepSpeed data parallel, ZeRO 0 to 3. Every rank calls ``train`` with the same number of micro-batches."""
 
-    def __init__(self, engine: Engine, micro_steps: int, data_ranks: int) -> None:
+    def __init__(self, engine: Engine, head: HeadWithLoss, micro_steps: int, data_ranks: int) -> None:
         self._engine = engine
+        self._head = head
         self._micro_steps = micro_steps
         self._data_ranks = data_ranks
 
     def train(
-        self, micro_batches: Iterable[MicroBatch], num_tokens_step: int, rate: float, *, stop: bool = False
+        self,
+        micro_batches: Iterable[MicroBatch],
+        objective: Objective,
+        num_tokens_step: int,
+        rate: float,
+        *,
+        stop: bool = False,
     ) -> StepResult:
         """One optimizer step at learning rate ``rate``.
 
@@ -64,7 +72,9 @@ class DataParallelStep:
         for micro in micro_batches:
             labels_T = torch.from_numpy(micro.batch.labels()).to(device)
             # A micro-batch with no trained token still runs backward: the other ranks wait in the same collective.
-            loss, stats = engine(*flatten_batch(micro.batch, device), labels_T, *flatten_targets(micro.targets, device))
+            soft = micro.targets and micro.targets.each(lambda tensor: tensor.to(device, non_blocking=True))
+            self._head.expect(objective, soft)
+            loss, stats = engine(*flatten_batch(micro.batch, device), labels_T)
             engine.backward(loss * factor)
             engine.step()
             sums[0] += loss.detach().double()

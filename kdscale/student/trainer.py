@@ -1,15 +1,18 @@
 """The training loop of one rank: pull, step, report, save. Knows no Ray."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from kdscale.batch import TargetSpec, TokenBatch, TopkTargets
-from kdscale.config.schema import TrainSection
+from kdscale.batch import TokenBatch
+from kdscale.config.schema import RunConfig
 from kdscale.data.loader import Loader
 from kdscale.engine.training import learning_rate
+from kdscale.losses.objective import objective_at
 from kdscale.metrics import StepMetrics
+from kdscale.spec import TargetSpec
 from kdscale.stream.prefetch import Prefetcher
 from kdscale.stream.source import TargetSource
 from kdscale.student.step import DataParallelStep, MicroBatch, StepResult
@@ -47,7 +50,7 @@ class Trainer:
 
     def __init__(
         self,
-        train: TrainSection,
+        config: RunConfig,
         loader: Loader,
         cut: BatchCut,
         data_rank: int,
@@ -55,37 +58,37 @@ class Trainer:
         *,
         emit: Callable[[StepMetrics], None],
         save: Callable[[int, Totals], Any],
-        save_every: int,
         should_stop: Callable[[], bool],
     ) -> None:
-        self._train = train
+        self._config = config
+        self._train = config.train
         self._loader = loader
         self._cut = cut
         self._data_rank = data_rank
         self._step = step
         self._emit = emit
         self._save = save
-        self._save_every = save_every
         self._should_stop = should_stop
 
-    def micro_batches(self, start: int) -> Iterator[TokenBatch]:
-        """This rank's micro-batches from step ``start`` on, in the order they are trained on."""
+    def requests(self, start: int) -> Iterator[tuple[TokenBatch, TargetSpec]]:
+        """This rank's micro-batches from step ``start`` on, in the order they are trained on, and what each asks for."""
         for number in range(start, self._train.steps):
             batch = self._loader.batch(number)
             for micro in range(self._cut.micro_steps):
-                yield batch.cut(self._cut.rows_of(self._data_rank, micro))
+                yield batch.cut(self._cut.rows_of(self._data_rank, micro)), self._config.target_spec(number)
 
-    def prefetch(self, start: int, source: TargetSource, spec: TargetSpec, in_flight: int) -> Prefetcher:
+    def prefetch(self, start: int, source: TargetSource) -> Prefetcher:
         """Requests for everything from step ``start`` on, as far ahead as the window allows; asks at once."""
-        return Prefetcher(source, spec, self.micro_batches(start), in_flight)
+        return Prefetcher(source, self.requests(start), self._config.stream.in_flight)
 
     def run(self, start: int, totals: Totals, prefetcher: Prefetcher | None) -> Outcome:
         """Train from step ``start``; without a prefetcher on labels only."""
-        labels_only = self.micro_batches(start) if prefetcher is None else None
+        labels_only = (batch for batch, _ in self.requests(start)) if prefetcher is None else None
         for number in range(start, self._train.steps):
             began = time.monotonic()
             result = self._step.train(
                 self._fetch(prefetcher, labels_only),
+                objective_at(self._config.loss, number, self._train.steps),
                 self._loader.batch(number).num_tokens,
                 learning_rate(number, self._train),
                 stop=self._should_stop(),
@@ -94,7 +97,7 @@ class Trainer:
             totals = totals.plus(metrics)
             self._emit(metrics)
             done = number + 1
-            if done == self._train.steps or result.stop or done % self._save_every == 0:
+            if done == self._train.steps or result.stop or done % self._config.checkpoint.every_steps == 0:
                 self._save(done, totals)
             if result.stop and done < self._train.steps:
                 return Outcome(done, totals, stopped=True)
@@ -107,7 +110,6 @@ class Trainer:
                 yield MicroBatch(next(labels_only), None)
             else:
                 fetched = prefetcher.next()
-                assert isinstance(fetched.targets, TopkTargets)
                 yield MicroBatch(fetched.batch, fetched.targets, fetched.waited_s)
 
     def _metrics(self, number: int, result: StepResult, seconds: float, soft: bool) -> StepMetrics:
@@ -118,6 +120,7 @@ class Trainer:
             loss=result.loss,
             soft=means["soft"],
             hard=means["hard"],
+            kl=means["kl"] if soft and math.isfinite(means["kl"]) else None,
             top1_agreement=means["top1_agree"],
             teacher_entropy=means["teacher_entropy"],
             teacher_kept_mass=means["teacher_kept_mass"],

@@ -1,7 +1,6 @@
-"""Soft targets as Arrow record batches: schema, checks, checksum. The same on the wire and on disk.
+"""Soft targets as Arrow record batches: checks, checksum, and both ways. The same on the wire and on disk.
 
-Every column is fixed-width and without nulls, one value per position; a plane of K entries is one fixed-size binary.
-T = positions, K = kept entries, D = hidden size.
+T = positions, K = named entries, V = vocabulary, D = hidden size.
 """
 
 import json
@@ -12,44 +11,45 @@ import pyarrow as pa
 import torch
 import xxhash
 
-from kdscale.batch import HiddenTargets, SoftTargets, TargetSpec, TopkTargets
+from kdscale.batch import DenseTargets, HiddenTargets, SampledTargets, SoftTargets, TopkTargets
 from kdscale.errors import PayloadError
-from kdscale.targets.codec import high_bytes, pack_ids, unpack_ids
+from kdscale.spec import TargetSpec
+from kdscale.targets.codec import decode_logp, dequantize_rows, encode_logp, pack_ids, quantize_rows, unpack_ids
+from kdscale.targets.layout import high_bits, high_bytes, width
 
-VERSION = 1
 # float16 rounds a log-probability by at most 2^-11 of itself; the kept mass may exceed 1 by that much.
 _MASS_EPS = 2e-2
+_LOWEST = torch.finfo(torch.float16).min
 
 
-def schema(spec: TargetSpec, vocab_size: int, hidden_size: int) -> pa.Schema:
-    """The Arrow schema of a payload. Its metadata says what the numbers mean, so a recording explains itself."""
-    meta = {"kdscale": json.dumps({"version": VERSION, "vocab_size": vocab_size, **spec.as_dict()}, sort_keys=True)}
-    fields = [pa.field("label", pa.int32(), nullable=False)]
-    match spec.payload:
-        case "topk":
-            k = min(spec.k, vocab_size)
-            fields.append(pa.field("ids_low", pa.binary(2 * k), nullable=False))
-            if high_bytes(vocab_size):
-                fields.append(pa.field("ids_high", pa.binary(high_bytes(vocab_size) * k), nullable=False))
-            fields.append(pa.field("logp", pa.binary(2 * k), nullable=False))
-            fields.append(pa.field("tail_logp", pa.float32(), nullable=False))
-            fields.append(pa.field("entropy", pa.float32(), nullable=False))
-        case "hidden":
-            fields.append(pa.field("hidden", pa.binary(2 * hidden_size), nullable=False))
-    return pa.schema(fields, metadata=meta)
-
-
-def encode(targets: SoftTargets, target_schema: pa.Schema, vocab_size: int) -> pa.RecordBatch:
+def encode(targets: SoftTargets, spec: TargetSpec, target_schema: pa.Schema, vocab_size: int) -> pa.RecordBatch:
     """The record batch of ``targets`` under ``target_schema``."""
-    columns: list[Any] = [targets.labels_T.numpy()]
+    labels = targets.labels_T.numpy()
+    columns: list[Any] = [labels.astype(np.uint16) if vocab_size <= 1 << 16 else labels]
     match targets:
         case TopkTargets():
+            columns += [*pack_ids(targets.ids_TK.numpy(), vocab_size), _values(targets.logp_TK, spec)]
+            columns.append(_half(targets.tail_logp_T))
+            if spec.temperature != 1.0:
+                columns.append(targets.shift_T.numpy())
+            columns.append(_half(targets.entropy_T))
+        case SampledTargets():
             columns += pack_ids(targets.ids_TK.numpy(), vocab_size)
-            # A log-probability below float16's range stands for none at all: keep it finite.
-            logp = targets.logp_TK.clamp_min(torch.finfo(torch.float16).min).half()
-            columns += [logp.numpy(), targets.tail_logp_T.numpy(), targets.entropy_T.numpy()]
-        case HiddenTargets():
+            if spec.sampler == "replacement":
+                columns.append((targets.weight_TK * targets.weight_TK.shape[1]).round().numpy().astype(np.uint16))
+            else:
+                columns += [
+                    _values(targets.weight_TK.clamp_max(1.0).log(), spec),
+                    targets.kept_T.numpy().astype(np.uint16),
+                ]
+            columns.append(_half(targets.entropy_T))
+        case HiddenTargets() if spec.encoding == "bfloat16":
             columns.append(targets.hidden_TD.contiguous().view(torch.int16).numpy())
+        case HiddenTargets():
+            values, scale = quantize_rows(targets.hidden_TD)
+            columns += [values.numpy(), scale.numpy()]
+        case DenseTargets():
+            columns.append(targets.logp_TV.numpy())
     return record_batch(columns, target_schema)
 
 
@@ -105,47 +105,126 @@ def decode(batch: pa.RecordBatch, spec: TargetSpec, vocab_size: int) -> SoftTarg
     Raises:
         PayloadError: ids outside the vocabulary, log-probabilities that are not finite or above 0, mass above 1.
     """
-    labels = plane(batch, "label", "<i4")
+    labels = plane(batch, "label", "<u2" if vocab_size <= 1 << 16 else "<i4").astype(np.int32)
     _refuse(((labels < 0) | (labels >= vocab_size)).any(), f"a label lies outside the vocabulary of {vocab_size}")
+    labels_T = torch.from_numpy(labels)
     match spec.payload:
-        case "hidden":
-            width = batch.schema.field("hidden").type.byte_width // 2
-            hidden = torch.from_numpy(plane(batch, "hidden", "<i2", width)).view(torch.bfloat16)
-            _refuse(not torch.isfinite(hidden).all(), "a hidden state is not finite")
-            return HiddenTargets(labels_T=torch.from_numpy(labels), hidden_TD=hidden)
         case "topk":
-            k = min(spec.k, vocab_size)
-            planes = [plane(batch, "ids_low", "<u2", k)]
-            if high_bytes(vocab_size):
-                planes.append(plane(batch, "ids_high", f"<u{high_bytes(vocab_size)}", k))
-            ids = unpack_ids(planes)
-            _refuse((ids >= vocab_size).any(), f"a kept id lies outside the vocabulary of {vocab_size}")
-            logp = torch.from_numpy(plane(batch, "logp", "<f2", k)).float()
-            tail = torch.from_numpy(plane(batch, "tail_logp", "<f4"))
-            entropy = torch.from_numpy(plane(batch, "entropy", "<f4"))
-            _refuse(not (torch.isfinite(logp) & (logp <= 0)).all(), "a log-probability is not finite or above 0")
-            _refuse(not (tail <= 0).all(), "a tail log-mass is above 0 or not a number")
-            _refuse(not torch.isfinite(entropy).all(), "a teacher entropy is not finite")
-            mass = logp.exp().sum(-1) + tail.exp()
-            _refuse(bool(((mass - 1).abs() > _MASS_EPS).any()), "kept and tail mass of a position do not add up to 1")
-            return TopkTargets(
-                temperature=spec.temperature,
-                labels_T=torch.from_numpy(labels),
-                ids_TK=torch.from_numpy(ids),
-                logp_TK=logp,
-                tail_logp_T=tail,
-                entropy_T=entropy,
-            )
+            return _decode_topk(batch, labels_T, spec, vocab_size)
+        case "sampled":
+            return _decode_sampled(batch, labels_T, spec, vocab_size)
+        case "hidden":
+            return HiddenTargets(labels_T, _decode_hidden(batch, spec))
+        case "dense":
+            logp = torch.from_numpy(plane(batch, "logp", "<f4", vocab_size))
+            _refuse(not (logp <= 0).all(), "a log-probability is above 0 or not a number")
+            _refuse_mass(logp.exp().sum(-1))
+            return DenseTargets(labels_T, logp, spec.temperature)
+
+
+def _decode_topk(batch: pa.RecordBatch, labels_T: torch.Tensor, spec: TargetSpec, vocab_size: int) -> TopkTargets:
+    k = min(spec.k, vocab_size)
+    ids = _decode_ids(batch, k, vocab_size)
+    logp = _decode_values(batch, k, spec)
+    tail = torch.from_numpy(plane(batch, "tail_logp", "<f2")).float()
+    _refuse(not (tail <= 0).all(), "a tail log-mass is above 0 or not a number")
+    # Below float16's range there is no tail worth the name; exactly -inf stands for none at all.
+    kept = logp.exp().sum(-1)
+    rest = tail.exp()
+    _refuse_mass(kept + rest)
+    # Rounding has moved the kept mass a little: what the tail leaves is theirs.
+    logp.add_(((1 - rest).clamp_min(torch.finfo(rest.dtype).tiny) / kept).log_()[:, None]).clamp_(max=0.0)
+    shift = torch.zeros_like(tail)
+    if spec.temperature != 1.0:
+        shift = torch.from_numpy(plane(batch, "shift", "<f4"))
+        _refuse(not torch.isfinite(shift).all(), "a shift is not finite")
+    return TopkTargets(
+        labels_T=labels_T,
+        ids_TK=ids,
+        logp_TK=logp,
+        tail_logp_T=tail,
+        entropy_T=_decode_entropy(batch),
+        shift_T=shift,
+        temperature=spec.temperature,
+    )
+
+
+def _decode_sampled(batch: pa.RecordBatch, labels_T: torch.Tensor, spec: TargetSpec, vocab_size: int) -> SampledTargets:
+    k = min(spec.k, vocab_size)
+    ids, entropy = _decode_ids(batch, k, vocab_size), _decode_entropy(batch)
+    if spec.sampler == "replacement":
+        weight = torch.from_numpy(plane(batch, "count", "<u2", k).astype(np.float32)) / k
+        _refuse_mass(weight.sum(-1))
+        return SampledTargets(labels_T, ids, weight, (weight > 0).sum(-1).int(), entropy, spec.temperature)
+    kept = torch.from_numpy(plane(batch, "kept", "<u2").astype(np.int32))
+    _refuse(bool((kept > k).any()), f"a position keeps more than its {k} entries")
+    own = torch.arange(k) < kept[:, None]
+    weight = torch.where(own, _decode_values(batch, k, spec).exp(), 0.0)
+    mass = weight.sum(-1)
+    _refuse(bool((mass > 1 + _MASS_EPS).any()), "the kept mass of a position is above 1")
+    # The others share evenly what the kept entries leave; where they leave nothing, rounding is spread over the kept.
+    left = torch.where(kept < k, (1 - mass).clamp_min(0.0) / (k - kept).clamp_min(1), 0.0)
+    weight = torch.where(own, weight / torch.where((kept == k) | (mass > 1), mass, 1.0)[:, None], left[:, None])
+    return SampledTargets(labels_T, ids, weight, kept, entropy, spec.temperature)
+
+
+def _decode_hidden(batch: pa.RecordBatch, spec: TargetSpec) -> torch.Tensor:
+    width = batch.schema.field("hidden").type.byte_width
+    if spec.encoding == "bfloat16":
+        hidden = torch.from_numpy(plane(batch, "hidden", "<i2", width // 2)).view(torch.bfloat16)
+    else:
+        scale = torch.from_numpy(plane(batch, "scale", "<f4"))
+        hidden = dequantize_rows(torch.from_numpy(plane(batch, "hidden", "i1", width)), scale)
+    _refuse(not torch.isfinite(hidden).all(), "a hidden state is not finite")
+    return hidden
+
+
+def _decode_ids(batch: pa.RecordBatch, k: int, vocab_size: int) -> torch.Tensor:
+    planes = [plane(batch, "ids_low", "<u2", k)]
+    if high_bytes(k, vocab_size):
+        wide = high_bits(vocab_size) == 16
+        planes.append(plane(batch, "ids_high", "<u2" if wide else "u1", k if wide else high_bytes(k, vocab_size)))
+    ids = unpack_ids(planes, vocab_size)
+    _refuse((ids >= vocab_size).any(), f"an id lies outside the vocabulary of {vocab_size}")
+    return torch.from_numpy(ids)
+
+
+def _decode_values(batch: pa.RecordBatch, k: int, spec: TargetSpec) -> torch.Tensor:
+    """Log-probabilities, finite and at most 0."""
+    if spec.encoding == "uint8":
+        return decode_logp(torch.from_numpy(plane(batch, "value", "u1", k)))
+    logp = torch.from_numpy(plane(batch, "value", "<f2", k)).float()
+    _refuse(not (torch.isfinite(logp) & (logp <= 0)).all(), "a log-probability is not finite or above 0")
+    return logp
+
+
+def _decode_entropy(batch: pa.RecordBatch) -> torch.Tensor:
+    entropy = torch.from_numpy(plane(batch, "entropy", "<f2")).float()
+    _refuse(not torch.isfinite(entropy).all(), "a teacher entropy is not finite")
+    return entropy
+
+
+def _values(logp: torch.Tensor, spec: TargetSpec) -> np.ndarray:
+    if spec.encoding == "uint8":
+        return encode_logp(logp).numpy()
+    # A log-probability below float16's range stands for none at all: keep it finite.
+    values: np.ndarray = logp.clamp_min(_LOWEST).half().numpy()
+    return values
+
+
+def _half(values: torch.Tensor) -> np.ndarray:
+    halves: np.ndarray = values.half().numpy()
+    return halves
+
+
+def _refuse_mass(mass_T: torch.Tensor) -> None:
+    _refuse(bool(((mass_T - 1).abs() > _MASS_EPS).any()), "the mass of a position does not add up to 1")
 
 
 def _payload(column: pa.Array) -> memoryview:
-    width = _width(column.type)
-    start = column.offset * width
-    return memoryview(column.buffers()[1])[start : start + len(column) * width]
-
-
-def _width(kind: pa.DataType) -> int:
-    return kind.byte_width if pa.types.is_fixed_size_binary(kind) else kind.bit_width // 8
+    size = width(column.type)
+    start = column.offset * size
+    return memoryview(column.buffers()[1])[start : start + len(column) * size]
 
 
 def _line(kind: pa.Schema) -> str:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kdscale.batch import SoftTargets, TargetSpec, TokenBatch
+from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.engine.models import base_hidden, head_of
 from kdscale.engine.sharding import InferenceModel, gathered
 from kdscale.head import Head
+from kdscale.spec import TargetSpec
 from kdscale.targets.payloads import make_targets
+from kdscale.targets.sampling import uniforms
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class TeacherModel:
                     case FetchHead():
                         answers.append(self._copy(head))
                     case Score(batch=batch, spec=spec):
-                        answers.append(make_targets(next(hidden), head, torch.from_numpy(batch.labels()), spec))
+                        labels = torch.from_numpy(batch.labels())
+                        draws = uniforms(batch, spec.seed) if spec.payload == "sampled" else None
+                        answers.append(make_targets(next(hidden), head, labels, spec, draws))
         return answers
 
     def _hidden(self, batches: list[TokenBatch]) -> list[torch.Tensor]:

@@ -5,27 +5,30 @@ The optimizer is plain SGD with a large rate, so that the parameters move by the
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from kdscale.batch import TokenBatch, TopkTargets
+from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.engine import process
 from kdscale.engine.export import whole_state
 from kdscale.engine.training import training_engine
+from kdscale.losses.divergence import Divergence
 from kdscale.losses.objective import Objective
 from kdscale.student.module import StudentModule
 from kdscale.student.step import DataParallelStep, MicroBatch
 from kdscale.topology import BatchCut
 from tests.conftest import PADDED_VOCAB, make_model
 from tests.distributed.launch import join
+from tests.targets import topk_of_logits
 
 RATE = 1e3
 ROWS, COLUMNS, K = 8, 16, 6
 
 
-def step_batch(vocab: int) -> tuple[TokenBatch, list[TopkTargets]]:
+def step_batch(vocab: int) -> tuple[TokenBatch, list[SoftTargets]]:
     """Rows with very unequal numbers of trained tokens (two have none), and their targets row by row."""
     rng = np.random.default_rng(0)
     predicts = np.zeros((ROWS, COLUMNS), bool)
@@ -42,23 +45,16 @@ def step_batch(vocab: int) -> tuple[TokenBatch, list[TopkTargets]]:
     targets = []
     for row in range(ROWS):
         labels = torch.from_numpy(batch.cut(slice(row, row + 1)).labels())
-        logp = torch.log_softmax(3 * torch.randn(len(labels), vocab, generator=generator), -1)
-        kept, ids = logp.topk(K)
-        tail = logp.exp().scatter(1, ids, 0).sum(-1).log()
-        targets.append(TopkTargets(1.0, labels, ids.int(), kept, tail, torch.zeros(len(labels))))
+        logits = 3 * torch.randn(len(labels), vocab, generator=generator)
+        targets.append(replace(topk_of_logits(logits, K, dtype=torch.float32), labels_T=labels))
     return batch, targets
-
-
-def joined(targets: list[TopkTargets]) -> TopkTargets:
-    names = ("labels_T", "ids_TK", "logp_TK", "tail_logp_T", "entropy_T")
-    return TopkTargets(1.0, *(torch.cat([getattr(one, name) for one in targets]) for name in names))
 
 
 def gradient(stage: int, micro_rows: int, rank: int, world: int, *, untied: bool) -> dict[str, np.ndarray]:
     cut = BatchCut(ROWS, micro_rows, world)
     model = make_model("qwen2" if untied else "llama")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    module = StudentModule(model, PADDED_VOCAB - 9, Objective("forward_kl", 1.0, 0.3), chunk_bytes=4 * PADDED_VOCAB * 3)
+    module = StudentModule(model, PADDED_VOCAB - 9, chunk_bytes=4 * PADDED_VOCAB * 3)
     settings = {
         "train_batch_size": ROWS,
         "train_micro_batch_size_per_gpu": micro_rows,
@@ -74,8 +70,10 @@ def gradient(stage: int, micro_rows: int, rank: int, world: int, *, untied: bool
     micro = []
     for number in range(cut.micro_steps):
         rows = cut.rows_of(rank, number)
-        micro.append(MicroBatch(batch.cut(rows), joined(targets[rows])))
-    result = DataParallelStep(engine, cut.micro_steps, world).train(micro, batch.num_tokens, RATE)
+        micro.append(MicroBatch(batch.cut(rows), SoftTargets.join(targets[rows])))
+    objective = Objective(Divergence("forward_kl"), hard_weight=0.3)
+    step = DataParallelStep(engine, module.head, cut.micro_steps, world)
+    result = step.train(micro, objective, batch.num_tokens, RATE)
     after = whole_state(model, rank)
     if rank != 0:
         return {}

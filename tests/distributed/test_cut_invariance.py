@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdscale.batch import SoftTargets, TopkTargets
 from kdscale.losses import sparse
 from tests.conftest import PADDED_VOCAB, make_model
 from tests.distributed import cut_ranks
@@ -18,7 +19,8 @@ def reference(*, untied: bool) -> dict[str, np.ndarray]:
     model = make_model("qwen2" if untied else "llama").double()
     vocab = PADDED_VOCAB - 9
     batch, targets = cut_ranks.step_batch(vocab)
-    joined = cut_ranks.joined(targets)
+    joined = SoftTargets.join(targets)
+    assert isinstance(joined, TopkTargets)
     logits = model(input_ids=torch.from_numpy(batch.ids_RL).long(), use_cache=False).logits
     logits = logits[torch.from_numpy(batch.predicts_RL)][:, :vocab]
     soft = sparse.divergence(

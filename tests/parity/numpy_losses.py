@@ -14,17 +14,59 @@ def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
         return np.where(p > 0, p * (np.log(p) - np.log(q)), 0.0).sum(-1)
 
 
-def between(name: str, p: np.ndarray, q: np.ndarray, beta: float) -> np.ndarray:
-    if name == "forward_kl":
-        return kl(p, q)
-    if name == "reverse_kl":
-        return kl(q, p)
-    mixture = beta * p + (1 - beta) * q
-    return beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
+def between(name: str, p: np.ndarray, q: np.ndarray, beta: float = 0.3, skew: float = 0.2) -> np.ndarray:
+    match name:
+        case "forward_kl":
+            return kl(p, q)
+        case "reverse_kl":
+            return kl(q, p)
+        case "jsd":
+            mixture = beta * p + (1 - beta) * q
+            return beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
+        case "skew_forward_kl":
+            return kl(p, skew * p + (1 - skew) * q)
+        case "skew_reverse_kl":
+            return kl(q, skew * q + (1 - skew) * p)
+        case "tvd":
+            return np.abs(p - q).sum(-1) / 2
+    raise ValueError(name)
 
 
-def dense(name: str, student: np.ndarray, teacher: np.ndarray, temperature: float, beta: float) -> np.ndarray:
-    return between(name, softmax(teacher / temperature), softmax(student / temperature), beta)
+def adaptive_weights(p: np.ndarray, q: np.ndarray, head_mass: float) -> np.ndarray:
+    """The weight of the forward KL, one position at a time."""
+    weights = []
+    for teacher, student in zip(p, q, strict=True):
+        running, tail, head = 0.0, 0.0, 0.0
+        for index in np.argsort(teacher):
+            running += teacher[index]
+            gap = abs(teacher[index] - student[index])
+            if running <= head_mass:
+                tail += gap
+            else:
+                head += gap
+        weights.append(head / (head + tail))
+    return np.array(weights)
+
+
+def dense(
+    name: str,
+    student: np.ndarray,
+    teacher: np.ndarray,
+    temperature: float,
+    *,
+    head_mass: float = 0.6,
+    frozen: np.ndarray | None = None,
+    **shape: float,
+) -> np.ndarray:
+    """``frozen``: the student's logits from which ``adaptive_kl`` takes its weights (constants to the gradient)."""
+    if name == "logit_mse":
+        gap = student - teacher
+        return np.square(gap - gap.mean(-1, keepdims=True)).mean(-1)
+    p, q = softmax(teacher / temperature), softmax(student / temperature)
+    if name == "adaptive_kl":
+        weight = adaptive_weights(p, softmax((student if frozen is None else frozen) / temperature), head_mass)
+        return weight * kl(p, q) + (1 - weight) * kl(q, p)
+    return between(name, p, q, **shape)
 
 
 def bucket(prob: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -36,10 +78,15 @@ def bucket(prob: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def topk(
-    name: str, student: np.ndarray, teacher: np.ndarray, ids: np.ndarray, temperature: float, beta: float
+    name: str, student: np.ndarray, teacher: np.ndarray, ids: np.ndarray, temperature: float, **shape: float
 ) -> np.ndarray:
     p, q = bucket(softmax(teacher / temperature), ids), bucket(softmax(student / temperature), ids)
-    return between(name, p, q, beta)
+    return between(name, p, q, **shape)
+
+
+def factor(name: str, temperature: float) -> float:
+    """s(temperature)."""
+    return {"tvd": temperature, "logit_mse": 1.0}.get(name, temperature**2)
 
 
 def cross_entropy(student: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from kdscale.batch import TopkTargets
 from kdscale.head import Head, HeadSpec
 from kdscale.losses import sparse
-from kdscale.losses.divergence import NAMES, divergence
+from kdscale.losses.divergence import Divergence, divergence
 from kdscale.losses.fused import fused_loss
 from kdscale.losses.objective import Objective
-from kdscale.targets.payloads import topk_targets
+from kdscale.spec import DIVERGENCES, SEPARABLE, TargetSpec
+from kdscale.targets.payloads import make_targets
 
 seeds = st.integers(0, 10_000)
-names = st.sampled_from(NAMES)
+names = st.sampled_from(DIVERGENCES)
+separable = st.sampled_from(SEPARABLE)
 
 
 def pair(seed: int, scale: float, tokens: int = 6, vocab: int = 17) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +49,7 @@ def test_jsd_is_symmetric_and_bounded(seed: int, scale: float):
     assert value.max() <= math.log(2) + 1e-12
 
 
-@given(names, seeds, st.floats(0.1, 10))
+@given(separable, seeds, st.floats(0.1, 10))
 @settings(max_examples=40, deadline=None)
 def test_topk_rises_to_the_full_value(name: str, seed: int, scale: float):
     student, teacher = pair(seed, scale)
@@ -60,7 +62,7 @@ def test_topk_rises_to_the_full_value(name: str, seed: int, scale: float):
         torch.testing.assert_close(exact, full, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SEPARABLE)
 @pytest.mark.parametrize("k", [16, 17])
 def test_topk_gradient_equals_the_full_one_where_nothing_is_lost(name: str, k: int):
     student, teacher = pair(3, 2.0)
@@ -72,14 +74,17 @@ def test_topk_gradient_equals_the_full_one_where_nothing_is_lost(name: str, k: i
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-8, atol=1e-10)
 
 
-@given(names, seeds, st.sampled_from([1, 3, 16, 17]), st.sampled_from([1.0, 3.0]), st.sampled_from([0.0, 0.4, 1.0]))
+@given(separable, seeds, st.sampled_from([1, 3, 16, 17]), st.sampled_from([1.0, 3.0]), st.sampled_from([0.0, 0.4, 1.0]))
 @settings(max_examples=60, deadline=None)
 def test_fused_equals_plain_autograd(name: str, seed: int, k: int, temperature: float, hard_weight: float):
     generator = torch.Generator().manual_seed(seed)
     hidden, weight, teacher_hidden = (torch.randn(*size, generator=generator) for size in ((6, 8), (17, 8), (6, 8)))
     labels = torch.randint(0, 17, (6,), generator=generator)
-    head, objective = Head(weight * 1.1, None, HeadSpec(17)), Objective(name, temperature, hard_weight, beta=0.4)
-    targets = topk_targets(teacher_hidden, head, labels, k=k, temperature=temperature)
+    head, objective = (
+        Head(weight * 1.1, None, HeadSpec(17)),
+        Objective(Divergence(name, beta=0.4), temperature, hard_weight),
+    )
+    targets = make_targets(teacher_hidden, head, labels, TargetSpec("topk", k=k, temperature=temperature))
     results = []
     for fused in (True, False):
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
@@ -93,24 +98,37 @@ def test_fused_equals_plain_autograd(name: str, seed: int, k: int, temperature: 
                 name, logits, targets.ids_TK, targets.logp_TK, targets.tail_logp_T, temperature=temperature, beta=0.4
             ).sum()
             hard = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-            loss = (1 - hard_weight) * temperature**2 * soft + hard_weight * hard
+            loss = objective.soft_factor * soft + hard_weight * hard
         loss.backward()
         results.append((loss.detach(), *(leaf.grad for leaf in leaves)))
     for ours, plain in zip(*results, strict=True):
         assert (ours - plain).norm() <= 2e-5 * max(1.0, float(plain.norm()))
 
 
-@given(names, st.sampled_from([0.0, 1e-12, 1 - 1e-6]))
+@given(separable, st.sampled_from([0.0, 1e-12, 1 - 1e-6]))
 @settings(max_examples=12, deadline=None)
 def test_extreme_tails_stay_finite(name: str, tail: float):
     hidden = torch.zeros(1, 4).requires_grad_()
     weight = torch.eye(20, 4).requires_grad_()
     logp = torch.full((1, 2), math.log(max(1 - tail, 1e-30) / 2))
     targets = TopkTargets(
-        1.0, torch.zeros(1, dtype=torch.int32), torch.tensor([[0, 1]]), logp, torch.tensor([tail]).log(), torch.zeros(1)
+        torch.zeros(1, dtype=torch.int32),
+        torch.tensor([[0, 1]]),
+        logp,
+        torch.tensor([tail]).log(),
+        torch.zeros(1),
+        torch.zeros(1),
+        1.0,
     )
     loss, _ = fused_loss(
-        hidden, weight, None, HeadSpec(20), torch.zeros(1), targets, Objective(name, 1.0, 0.1), chunk_bytes=1000
+        hidden,
+        weight,
+        None,
+        HeadSpec(20),
+        torch.zeros(1),
+        targets,
+        Objective(Divergence(name), 1.0, 0.1),
+        chunk_bytes=1000,
     )
     loss.backward()
     assert torch.isfinite(loss)

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "kdscale"
 LAYERS = [
     {"errors"},
+    {"spec"},
     {"log", "config", "topology"},
     {"head", "metrics"},
     {"batch"},

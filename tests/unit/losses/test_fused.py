@@ -3,13 +3,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from kdscale.batch import HiddenTargets
+from kdscale.errors import ConfigError
 from kdscale.head import Head, HeadSpec
+from kdscale.losses.divergence import Divergence
 from kdscale.losses.fused import STATS, fused_loss
 from kdscale.losses.objective import Objective
-from kdscale.targets.payloads import topk_targets
+from kdscale.spec import TargetSpec
+from kdscale.targets.payloads import make_targets
 
 T, V, D, K = 40, 500, 16, 8
-OBJECTIVE = Objective("forward_kl", 1.0, hard_weight=0.2)
+OBJECTIVE = Objective(Divergence("forward_kl"), hard_weight=0.2)
 
 
 @pytest.fixture
@@ -18,7 +22,7 @@ def case():
     hidden, weight = (torch.randn(*size, generator=generator) for size in ((T, D), (V, D)))
     labels = torch.randint(0, V, (T,), generator=generator).int()
     teacher = Head(weight + 0.1 * torch.randn(V, D, generator=generator), None, HeadSpec(V))
-    return hidden, weight, labels, topk_targets(hidden, teacher, labels, k=K, temperature=1.0)
+    return hidden, weight, labels, make_targets(hidden, teacher, labels, TargetSpec("topk", k=K))
 
 
 def run(case, *, chunk_rows: int = 7, dtype: torch.dtype = torch.float32, objective: Objective = OBJECTIVE):
@@ -110,3 +114,13 @@ def test_statistics(case):
     assert figures["teacher_kept_mass"] == pytest.approx(float(targets.logp_TK.exp().sum()), rel=1e-5)
     logits = case[0] @ case[1].T
     assert figures["top1_agree"] == int((logits.argmax(-1) == targets.ids_TK[:, 0]).sum())
+
+
+def test_hidden_targets_need_the_teachers_head(case):
+    hidden, weight, labels, _ = case
+    targets = HiddenTargets(labels, hidden.bfloat16())
+    for head, held in ((None, "no teacher head"), (Head(weight[:7], None, HeadSpec(7)), "a teacher head of 7 tokens")):
+        with pytest.raises(ConfigError, match=held):
+            fused_loss(
+                hidden, weight, None, HeadSpec(V), labels, targets, OBJECTIVE, chunk_bytes=4 * V, teacher_head=head
+            )

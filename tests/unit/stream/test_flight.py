@@ -13,12 +13,13 @@ import pyarrow.flight as fl
 import pytest
 import torch
 
-from kdscale.batch import HiddenTargets, TargetSpec, TokenBatch, TopkTargets
+from kdscale.batch import DenseTargets, HiddenTargets, SampledTargets, TokenBatch, TopkTargets
 from kdscale.config.schema import StreamSection
 from kdscale.data.tokenizer import load_tokenizer
 from kdscale.engine.settings import teacher_settings
 from kdscale.engine.sharding import InferenceModel
 from kdscale.errors import CoverageError, IdentityError, StreamError
+from kdscale.spec import TargetSpec
 from kdscale.stream.client import FlightSource
 from kdscale.stream.directory import DirectoryServer, list_endpoints
 from kdscale.stream.prefetch import Prefetcher, check_alignment
@@ -98,13 +99,38 @@ def test_served_targets_are_the_models_own(teacher: Teacher):
     assert isinstance(local, TopkTargets)
     assert torch.equal(served.ids_TK, local.ids_TK)
     assert torch.equal(served.labels_T, torch.from_numpy(rows.labels()))
-    torch.testing.assert_close(served.logp_TK, local.logp_TK, rtol=2**-11, atol=1e-6)
-    torch.testing.assert_close(served.tail_logp_T, local.tail_logp_T)
+    torch.testing.assert_close(served.logp_TK, local.logp_TK, rtol=2**-10, atol=1e-4)
+    torch.testing.assert_close(served.tail_logp_T, local.tail_logp_T, rtol=2**-11, atol=1e-6)
+
+
+def test_samples_follow_from_seed_number_and_tokens_alone(teacher: Teacher):
+    spec, rows, source = TargetSpec("sampled", k=6, seed=3), batch(rows=4), teacher.source()
+    first = source.fetch(rows, spec)
+    assert isinstance(first, SampledTargets)
+    again = [source.fetch(rows.cut(slice(row, row + 1)), spec) for row in range(4)]
+    for part, whole in zip(SampledTargets.join(again).tensors(), first.tensors(), strict=True):
+        assert torch.equal(part, whole), "cutting a batch into requests moves no draw"
+    for other in (source.fetch(rows, replace(spec, seed=4)), source.fetch(replace(rows, number=9), spec)):
+        assert isinstance(other, SampledTargets)
+        assert not torch.equal(other.ids_TK, first.ids_TK)
+
+
+def test_dense_is_the_whole_distribution(teacher: Teacher):
+    rows, source = batch(), teacher.source()
+    dense = source.fetch(rows, TargetSpec("dense", temperature=2.0, encoding="float32"))
+    assert isinstance(dense, DenseTargets)
+    served = source.fetch(rows, TOPK)
+    assert isinstance(served, TopkTargets)
+    torch.testing.assert_close(dense.logp_TV.exp().sum(-1), torch.ones(len(dense)))
+    torch.testing.assert_close(dense.logp_TV.gather(1, served.ids_TK.long()), served.logp_TK, rtol=2e-3, atol=1e-4)
 
 
 def test_hidden_states_and_head_give_the_same_distribution(teacher: Teacher):
     rows, source = batch(), teacher.source()
-    hidden, served = source.fetch(rows, TargetSpec("hidden")), source.fetch(rows, TargetSpec("topk", k=7))
+    hidden, served = (
+        source.fetch(rows, TargetSpec("hidden", encoding="bfloat16")),
+        source.fetch(rows, TargetSpec("topk", k=7)),
+    )
     assert isinstance(hidden, HiddenTargets)
     assert isinstance(served, TopkTargets)
     head = source.fetch_head()
@@ -117,7 +143,7 @@ def test_hidden_states_and_head_give_the_same_distribution(teacher: Teacher):
 def test_many_requests_come_back_in_order(teacher: Teacher):
     batches = [batch(seed=seed) for seed in range(12)]
     source = teacher.source()
-    prefetcher = Prefetcher(source, TOPK, iter(batches), in_flight=4)
+    prefetcher = Prefetcher(source, ((one, TOPK) for one in batches), in_flight=4)
     for expected in batches:
         fetched = prefetcher.next()
         assert fetched.batch is expected
@@ -132,12 +158,12 @@ def test_window_bounds_what_is_asked_for(teacher: Teacher):
     """The batches beyond the window are not even looked at."""
     drawn = []
 
-    def endless() -> Iterator[TokenBatch]:
+    def endless() -> Iterator[tuple[TokenBatch, TargetSpec]]:
         for seed in range(1000):
             drawn.append(seed)
-            yield batch(seed=seed)
+            yield batch(seed=seed), TOPK
 
-    prefetcher = Prefetcher(teacher.source(), TOPK, endless(), in_flight=4)
+    prefetcher = Prefetcher(teacher.source(), endless(), in_flight=4)
     assert len(drawn) == 4
     prefetcher.next()
     prefetcher.next()

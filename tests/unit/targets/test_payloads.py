@@ -1,9 +1,17 @@
 import pytest
 import torch
 
+from kdscale.batch import TopkTargets
 from kdscale.head import Head, HeadSpec
+from kdscale.spec import TargetSpec
 from kdscale.targets import payloads
-from kdscale.targets.payloads import topk_targets
+from kdscale.targets.payloads import make_targets
+
+
+def topk_targets(hidden, head, labels, *, k: int, temperature: float) -> TopkTargets:
+    found = make_targets(hidden, head, labels, TargetSpec("topk", k=k, temperature=temperature))
+    assert isinstance(found, TopkTargets)
+    return found
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -22,6 +30,10 @@ def test_topk_is_the_top_of_the_softmax(monkeypatch: pytest.MonkeyPatch, tempera
     values, ids = logp.topk(6)
     torch.testing.assert_close(found.ids_TK.long(), ids)
     torch.testing.assert_close(found.logp_TK.double(), values, rtol=1e-5, atol=1e-6)
+    at_one = torch.log_softmax(logits.double(), -1).gather(1, ids)
+    torch.testing.assert_close(
+        temperature * found.logp_TK + found.shift_T[:, None], at_one.float(), rtol=1e-5, atol=1e-5
+    )
     rest = logp.exp().scatter(1, ids, 0).sum(-1)
     torch.testing.assert_close(found.tail_logp_T.double(), rest.log(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.entropy_T.double(), -(logp.exp() * logp).sum(-1), rtol=1e-5, atol=1e-5)

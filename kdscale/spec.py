@@ -1,0 +1,48 @@
+"""What a student asks a teacher for at each position, and what can be learned from it. No torch."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+DivergenceName = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "adaptive_kl", "logit_mse"
+]
+DIVERGENCES: tuple[DivergenceName, ...] = get_args(DivergenceName)
+SEPARABLE: tuple[DivergenceName, ...] = DIVERGENCES[:6]
+"""Sums over outcomes: these can be had over K kept entries and a tail as well."""
+Payload = Literal["topk", "sampled", "hidden", "dense"]
+Encoding = Literal["float16", "uint8", "bfloat16", "int8", "float32"]
+Sampler = Literal["threshold", "replacement"]
+ENCODINGS: dict[Payload, tuple[Encoding, ...]] = {
+    "topk": ("float16", "uint8"),
+    "sampled": ("float16", "uint8"),
+    "hidden": ("bfloat16", "int8"),
+    "dense": ("float32",),
+}
+"""How numbers can travel, by payload; the first is the default."""
+SUPPORT: dict[Payload, tuple[DivergenceName, ...]] = {
+    "topk": SEPARABLE,
+    "sampled": ("forward_kl",),
+    "hidden": DIVERGENCES,
+    "dense": DIVERGENCES,
+}
+"""Which divergences a payload carries the numbers for."""
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What a request asks for at each trained position: its request identity, together with the packed tokens."""
+
+    payload: Payload
+    k: int = 0
+    """Entries (``topk``, ``sampled``)."""
+    temperature: float = 1.0
+    """Applied before truncation; ``hidden`` has none."""
+    encoding: Encoding = "float16"
+    """One of ``ENCODINGS[payload]``."""
+    sampler: Sampler = "threshold"
+    """``sampled``: how entries are drawn."""
+    seed: int = 0
+    """``sampled``: what draws depend on besides the tokens and the batch number."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

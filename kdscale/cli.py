@@ -127,6 +127,36 @@ def show(config: ConfigFile, overrides: Overrides = None) -> None:
     show_config(load_config(config, overrides), Console())
 
 
+@app.command(
+    epilog="Examples:  kdscale probe configs/quickstart.yaml  |  kdscale probe my.yaml loss.temperature=2 --max-angle 2"
+    " --rate 200000"
+)
+def probe(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    tokens: Annotated[int, typer.Option(help="positions of the training text to measure on")] = 512,
+    max_angle: Annotated[
+        float,
+        typer.Option(help="degrees by which the student's gradient may turn; the smallest payload within is named"),
+    ] = 5.0,
+    rate: Annotated[
+        float | None, typer.Option(help="the student's tokens per second (default: measured on this machine)")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="also write the figures to this file")] = None,
+) -> None:
+    """Compare payloads on your own teacher, student and text: bytes, errors of the gradient, speed; recommend one."""
+    from kdscale.probe import probe as probe_config
+
+    probe_config(
+        load_config(config, overrides),
+        tokens=tokens,
+        max_angle=max_angle,
+        student_rate=rate,
+        out=json_file,
+        console=Console(),
+    )
+
+
 @app.command(epilog="Examples:  kdscale doctor  |  kdscale doctor configs/quickstart.yaml")
 def doctor(
     config: Annotated[

@@ -98,15 +98,18 @@ def watch(
     while len(reports) < len(students.running):
         pending = [call for call in students.running if call not in reports]
         ready, _ = ray.wait([*pending, *teacher.serving], timeout=_POLL_S)
-        show(students.events(), metrics, job.display)
+        events = students.events()
+        show(events, metrics, job.display)
         for call in ready:
             if call in teacher.serving:
                 teacher.raise_fault(call)
             reports[call] = students.result(call)
         if job.stop.is_set() and deadline is None:
-            job.display.phase("stopping: saving a checkpoint")
+            job.display.phase("stopping after the step in progress")
             students.ask_to_stop()
             deadline = time.monotonic() + grace_s
+        if any(event["kind"] == "leaving" for event in events):
+            teacher.release()
         if deadline is not None and time.monotonic() > deadline:
             raise Stopped(f"nothing was saved within cluster.grace_seconds = {grace_s:g}")
     show(students.events(), metrics, job.display)
@@ -124,7 +127,7 @@ def show(events: list[dict[str, Any]], metrics: MetricsFile | None, display: Dis
                 step = StepMetrics(**event["metrics"])
                 metrics.write(step)
                 display.step(step)
-            case "phase":
+            case "phase" | "leaving":
                 display.phase(event["phase"])
             case "checkpoint":
                 display.phase(f"saved {event['path']}")

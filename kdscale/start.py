@@ -68,6 +68,10 @@ class OwnTeacher:
     def raise_fault(self, call: Any) -> None:
         self._replica.raise_fault(call)
 
+    def release(self) -> None:
+        """No target is needed any more: leave the processors to the students."""
+        self._replica.kill()
+
 
 class ServedTeacher:
     """A teacher somebody else serves; its death shows in the stream, not here."""
@@ -85,6 +89,9 @@ class ServedTeacher:
             raise TeacherError(f"the directory at {access.directory} ({self._access_file}) knows no live endpoint")
         require_same_meaning(self._meaning, meaning)
         return access
+
+    def release(self) -> None:
+        """Somebody else's to end."""
 
     def raise_fault(self, call: Any) -> None:
         raise TeacherError("unreachable: a served teacher has no calls to watch")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import ray
@@ -60,6 +61,7 @@ def cluster(settings: ClusterSection, asks: list[Ask], temp_dir: str | None) -> 
             )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise PlacementError(f"cannot join or start Ray (cluster.address = {settings.address}): {error}") from error
+    _close_token_file()
     try:
         yield
     finally:
@@ -75,6 +77,13 @@ def _require_reachable(address: str) -> None:
     host, separator, port = address.rpartition(":")
     if separator:
         socket.create_connection((host, int(port)), timeout=_REACH_S).close()
+
+
+def _close_token_file() -> None:
+    """Ray makes its token file readable by everybody on the machine; the token opens the cluster."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    if path.is_file() and path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:
+        path.chmod(0o600)
 
 
 @contextmanager

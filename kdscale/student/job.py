@@ -1,6 +1,5 @@
 """What a student rank does with its life, in order. No Ray: the launcher's ranks run the same."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -35,7 +34,6 @@ from kdscale.student.trainer import Totals, Trainer
 from kdscale.student.worker import StudentSetup
 
 _LOG = log.get(__name__)
-_NICE = 10
 _HELD_OUT_ROWS = 2
 """Rows of one request for held-out targets."""
 
@@ -56,10 +54,6 @@ class StudentJob:
         self._setup, self._config, self._rank, self._device = setup, config, rank, device
         self._emit, self._should_stop = emit, should_stop
         process.set_threads(config.student.cpus_per_rank, deterministic=config.run.deterministic)
-        if config.cluster.address is None and not config.student.gpus_per_rank:
-            # Teacher and student share these cores. A student that steps back lets each of the teacher's forwards through
-            # at full speed, instead of both waiting for their slower halves.
-            os.nice(_NICE)
         process.set_seed(config.run.seed)
         self._dtype = process.resolve_dtype(student_dtype(config), device)
         self._directory = Path(setup.run_directory)
@@ -228,6 +222,7 @@ class StudentJob:
     # ---- what stays ----
 
     def _save(self, step: int, totals: Totals) -> None:
+        self._emit({"kind": "leaving" if self._should_stop() else "phase", "phase": f"saving step {step}"})
         self._notes |= {"totals": asdict(totals), "dtype": str(self._dtype).removeprefix("torch.")}
         path = checkpoints.save(
             self._engine,

@@ -1,6 +1,6 @@
 """One optimizer step, however it is cut: micro-batches in, global sums out."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +55,7 @@ class DataParallelStep:
         num_tokens_step: int,
         rate: float,
         *,
-        stop: bool = False,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """One optimizer step at learning rate ``rate``.
 
@@ -67,7 +67,6 @@ class DataParallelStep:
         set_learning_rate(engine, rate)
         # Sums of the loss and of the statistics, the time waited, and whether somebody was asked to stop.
         sums = torch.zeros(1 + len(STATS) + 2, dtype=torch.float64, device=device)
-        sums[-1] = float(stop)
         engine.train()
         for micro in micro_batches:
             labels_T = torch.from_numpy(micro.batch.labels()).to(device)
@@ -80,6 +79,7 @@ class DataParallelStep:
             sums[0] += loss.detach().double()
             sums[1:-2] += stats.double()
             sums[-2] += micro.waited_s
+        sums[-1] = float(should_stop())
         sum_over_ranks(sums)
         count = max(1, num_tokens_step)
         means = {name: float(sums[1 + index] / count) for index, name in enumerate(STATS) if name != "count"}

@@ -91,7 +91,7 @@ class Trainer:
                 objective_at(self._config.loss, number, self._train.steps),
                 self._loader.batch(number).num_tokens,
                 learning_rate(number, self._train),
-                stop=self._should_stop(),
+                should_stop=self._should_stop,
             )
             metrics = self._metrics(number, result, time.monotonic() - began, labels_only is None)
             totals = totals.plus(metrics)

@@ -10,6 +10,9 @@ import xxhash
 
 from kdscale.batch import TokenBatch
 
+# A point at the very end of the line would find no entry, or one of no width.
+_BELOW_ONE = 1 - 1e-12
+
 
 def uniforms(batch: TokenBatch, seed: int) -> np.ndarray:
     """One number in [0, 1) per trained position (float64 [T], row-major), a pure function of (seed, batch number, the row's
@@ -49,7 +52,7 @@ def draw_threshold(
     line_BV = prob_BV.cumsum(-1, dtype=torch.float64)
     order = torch.arange(k, device=prob_BV.device) - kept_B[:, None]
     share_BK = (order + uniforms_B[:, None]) / draws_B.clamp_min(1)[:, None]
-    found_BK = torch.searchsorted(line_BV, share_BK.clamp(0, 1) * line_BV[:, -1:], right=True)
+    found_BK = torch.searchsorted(line_BV, share_BK.clamp(0.0, _BELOW_ONE) * line_BV[:, -1:], right=True)
     ids_BK = torch.where(keep_BK, top_ids_BK[:, :k], found_BK.clamp_max(prob_BV.shape[1] - 1))
     return ids_BK, torch.where(keep_BK, top_BK, weight_B[:, None].to(top_BK.dtype)), kept_B
 

@@ -73,6 +73,11 @@ class TeacherReplica:
         self._ranks.result(call, rank, "serve")
         raise TeacherError(f"teacher, rank {rank} stopped serving")
 
+    def kill(self) -> None:
+        """End at once: nobody waits for an answer any more."""
+        self._serving = []
+        self._ranks.kill()
+
     def stop(self, limit_s: float = 3.0) -> None:
         """End after the forward in progress, and kill what does not."""
         if self._serving:

@@ -21,7 +21,7 @@ LAYERS = [
     {"prepare", "supervise", "display", "estimate"},
     {"summary", "start"},
     {"driver"},
-    {"show", "doctor", "offline"},
+    {"show", "doctor", "offline", "probe"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,139 @@
+"""Sides of a comparison, each in a process of its own, timed in turns A B A B: what disturbs one disturbs all.
+
+A side is ``python -m tests.benchmarks.NAME --side ...``; it calls ``serve``. The benchmark itself calls ``compare``.
+"""
+
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def serve(work: Callable[[], dict[str, float]], owned_bytes: int = 0) -> None:
+    """A side's main loop: one line in, one round, one line out. ``work`` returns figures that other sides must agree with.
+
+    ``owned_bytes``: outputs and gradients that the work itself allocates, which are not transient.
+    """
+    figures = work()
+    transient = _transient(work) - owned_bytes
+    print(json.dumps({"figures": figures, "transient_bytes": transient}), flush=True)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        work()
+        print(time.perf_counter() - began, flush=True)
+
+
+def _transient(work: Callable[[], Any]) -> int:
+    """Peak resident bytes of one call beyond what was resident before it."""
+    gc.collect()
+    status = Path("/proc/self/status")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _field(status, "VmRSS")
+    result = work()
+    peak = _field(status, "VmHWM")
+    del result
+    return peak - before
+
+
+def _field(status: Path, name: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+@dataclass
+class Side:
+    """A row of the result: what it is, how it is run, and what it took."""
+
+    name: str
+    arguments: list[str]
+    python: str = sys.executable
+    seconds: list[float] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+    transient_bytes: int = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the interquartile range over the median."""
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "median_seconds": self.median,
+            "spread": self.spread,
+            "transient_bytes": self.transient_bytes,
+            "figures": self.figures,
+        }
+
+
+def compare(module: str, sides: list[Side], rounds: int) -> None:
+    """Run all sides in turns; fills in their seconds, figures and memory. A side that fails ends the benchmark."""
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for side in sides:
+            command = [side.python, "-m", module, "--side", *side.arguments]
+            process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            processes.append(process)
+            first = json.loads(_line(side, process))
+            side.figures, side.transient_bytes = first["figures"], first["transient_bytes"]
+        for round_number in range(rounds + 1):
+            for side, process in zip(sides, processes, strict=True):
+                assert process.stdin is not None
+                process.stdin.write("go\n")
+                process.stdin.flush()
+                seconds = float(_line(side, process))
+                if round_number:  # the first warms up
+                    side.seconds.append(seconds)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _line(side: Side, process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"side {side.name} ended with {process.wait()}")
+    return line
+
+
+def agree(sides: list[Side], name: str, tolerance: float) -> None:
+    """Values first: the sides compute the same thing, or the times mean nothing."""
+    values = {side.name: side.figures[name] for side in sides if name in side.figures}
+    low, high = min(values.values()), max(values.values())
+    if high - low > tolerance * abs(high):
+        raise SystemExit(f"{name} differs: {values}")
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures come from."""
+    import platform
+
+    import torch
+
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "?",
+    )
+    return {
+        "processor": model,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }

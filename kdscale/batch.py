@@ -105,9 +105,16 @@ class SoftTargets:
         """One after the other; all of one kind."""
         if len(parts) == 1:
             return parts[0]
-        return parts[0].with_tensors(
-            [torch.cat(group) for group in zip(*(part.tensors() for part in parts), strict=True)]
-        )
+        groups = zip(*(part.tensors() for part in parts), strict=True)
+        return parts[0].with_tensors([torch.cat(_even_widths(group)) for group in groups])
+
+
+def _even_widths(planes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Planes [T, K] with zeros behind the last entry where others are wider (samples: as many as their positions need)."""
+    if planes[0].dim() == 1 or len({plane.shape[1] for plane in planes}) == 1:
+        return list(planes)
+    widest = max(plane.shape[1] for plane in planes)
+    return [torch.nn.functional.pad(plane, (0, widest - plane.shape[1])) for plane in planes]
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class TopkTargets(SoftTargets):
     """The K likeliest tokens per position and the mass of all others; log-probabilities in nats at ``temperature``."""
 
     ids_TK: torch.Tensor
-    """int32, distinct in each row."""
+    """int32, distinct in each row, the likeliest first."""
     logp_TK: torch.Tensor
     """float32, <= 0."""
     tail_logp_T: torch.Tensor
@@ -132,12 +139,13 @@ class SampledTargets(SoftTargets):
     """Weighted draws from the teacher's distribution at ``temperature``: E[sum of the weights at an id] = p(id)."""
 
     ids_TK: torch.Tensor
-    """int32; an unused entry has weight 0."""
+    """int32; K is the most entries that any position has."""
     weight_TK: torch.Tensor
-    """float32, >= 0; a row sums to 1."""
+    """float32, >= 0; a row sums to 1, an unused entry has 0."""
+    count_T: torch.Tensor
+    """int32; the first so many entries are used."""
     kept_T: torch.Tensor
-    """int32; the first so many entries have weights of their own, the rest share what they leave evenly (replacement: the
-    used entries)."""
+    """int32; the first so many have weights of their own, the other used ones share what they leave evenly."""
     entropy_T: torch.Tensor
     """float32; the teacher's full entropy in nats at ``temperature``."""
     temperature: float

@@ -23,7 +23,7 @@ from kdscale.evaluate.fidelity import Fidelity, Positions, exact_gradient, measu
 from kdscale.head import Head
 from kdscale.losses.objective import objective_at
 from kdscale.prepare import corpus_of, prepare
-from kdscale.spec import SUPPORT, TargetSpec
+from kdscale.spec import ENCODINGS, SUPPORT, TargetSpec
 
 _WHOLE_VOCABULARY = 4096  # `dense` is for vocabularies up to this
 
@@ -39,7 +39,7 @@ def probe(
     if tokens < 1:
         raise ConfigError(f"--tokens {tokens}: at least one position is needed")
     with console.status("loading models and text"):
-        positions, measured_rate = _positions(config, tokens)
+        positions, measured_rate = load_positions(config, tokens)
     rate = student_rate or measured_rate
     objective = objective_at(config.loss, 0, config.train.steps)
     exact = exact_gradient(positions, objective.divergence, objective.temperature)
@@ -70,7 +70,7 @@ def settings(config: RunConfig, positions: Positions) -> list[TargetSpec]:
         TargetSpec("topk", k, tau, encoding)
         for k in (16, 32, 64, 128, 256)
         if k < vocab_size
-        for encoding in ("float16", "uint8")
+        for encoding in ENCODINGS["topk"]
     ]
     specs += [TargetSpec("sampled", k, tau, "uint8", "threshold", seed) for k in (6, 12, 24, 48) if k < vocab_size]
     specs += [TargetSpec("sampled", k, tau, "uint8", "replacement", seed) for k in (12, 48) if k < vocab_size]
@@ -96,8 +96,8 @@ def overrides(spec: TargetSpec) -> list[str]:
     return lines
 
 
-def _positions(config: RunConfig, tokens: int) -> tuple[Positions, float]:
-    """Both models' hidden states at ``tokens`` trained positions, and the student's speed in training."""
+def load_positions(config: RunConfig, tokens: int) -> tuple[Positions, float]:
+    """Both models' hidden states at ``tokens`` trained positions, and the student's tokens per second in training."""
     device = torch.device("cuda" if config.student.gpus_per_rank and torch.cuda.is_available() else "cpu")
     process.set_threads(config.student.cpus_per_rank, deterministic=config.run.deterministic)
     process.set_seed(config.run.seed)

@@ -10,10 +10,10 @@ DIVERGENCES: tuple[DivergenceName, ...] = get_args(DivergenceName)
 SEPARABLE: tuple[DivergenceName, ...] = DIVERGENCES[:6]
 """Sums over outcomes: these can be had over K kept entries and a tail as well."""
 Payload = Literal["topk", "sampled", "hidden", "dense"]
-Encoding = Literal["float16", "uint8", "bfloat16", "int8", "float32"]
+Encoding = Literal["float16", "uint8", "uint4", "bfloat16", "int8", "float32"]
 Sampler = Literal["threshold", "replacement"]
 ENCODINGS: dict[Payload, tuple[Encoding, ...]] = {
-    "topk": ("float16", "uint8"),
+    "topk": ("float16", "uint8", "uint4"),
     "sampled": ("float16", "uint8"),
     "hidden": ("bfloat16", "int8"),
     "dense": ("float32",),

@@ -116,8 +116,8 @@ class TargetsSection(Section):
     k: int = Field(64, ge=1, le=4096)
     """Entries per position of ``topk`` and ``sampled``."""
     encoding: Literal["auto"] | Encoding = "auto"
-    """How numbers travel: float16 or uint8 (topk, sampled), bfloat16 or int8 (hidden), float32 (dense). auto: the first
-    that is named here for the payload."""
+    """How numbers travel: float16 or uint8 (topk, sampled), uint4 (topk; ids sorted, the fewest bytes), bfloat16 or int8
+    (hidden), float32 (dense). auto: the first that is named here for the payload."""
     sampler: Sampler = "threshold"
     """How ``sampled`` draws. threshold: likely tokens exactly, the others by systematic sampling; replacement:
     independent draws (arXiv 2503.16870)."""

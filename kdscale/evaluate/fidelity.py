@@ -22,7 +22,9 @@ from kdscale.losses.fused import fused_loss
 from kdscale.losses.objective import Objective
 from kdscale.spec import TargetSpec
 from kdscale.targets import arrow
-from kdscale.targets.layout import row_bytes, schema
+from kdscale.targets.decode import decode
+from kdscale.targets.encode import encode
+from kdscale.targets.layout import schema
 from kdscale.targets.payloads import make_targets
 
 _CHUNK_BYTES = 64 << 20
@@ -144,12 +146,12 @@ def measure(
     wanted = schema(spec, vocab_size, hidden_size)
     uniforms_T = np.random.default_rng(spec.seed).random(len(positions.labels_T))
     made = make_targets(positions.teacher_TD, positions.teacher_head, positions.labels_T, spec, uniforms_T)
-    encode_s, batch = _timed(lambda: arrow.encode(made, spec, wanted, vocab_size), rounds)
+    encode_s, batch = _timed(lambda: encode(made, spec, wanted, vocab_size), rounds)
 
     def receive() -> SoftTargets:
         arrow.check(batch, wanted)
         arrow.checksum(batch, {})
-        return arrow.decode(batch, spec, vocab_size)
+        return decode(batch, spec, vocab_size)
 
     decode_s, targets = _timed(receive, rounds)
     kl, noise = distribution_error(positions, targets, temperature)
@@ -157,7 +159,7 @@ def measure(
     cosine = torch.nn.functional.cosine_similarity(gradient.flatten().double(), exact_TD.flatten().double(), dim=0)
     return Fidelity(
         spec=spec,
-        bytes_per_token=row_bytes(spec, vocab_size, hidden_size),
+        bytes_per_token=round(batch.nbytes / len(made)),
         kl=kl,
         noise=noise,
         angle_degrees=math.degrees(math.acos(min(1.0, float(cosine)))),

@@ -21,6 +21,7 @@ from kdscale.stream.directory import list_endpoints
 from kdscale.stream.protocol import Access, Endpoint, Header, Meaning, call, connect, encode_rows, message
 from kdscale.stream.server import decode_head
 from kdscale.targets import arrow
+from kdscale.targets.decode import decode
 from kdscale.targets.layout import schema as target_schema
 
 _LOG = log.get(__name__)
@@ -202,7 +203,7 @@ class FlightSource:
             if arrow.checksum(chunk.data, meta) != meta["checksum"]:
                 raise PayloadError(f"{header.request}: part {meta['sequence']} does not agree with its checksum")
             digest.update(meta["checksum"].encode())
-            parts.append(arrow.decode(chunk.data, header.spec, meaning.vocab_size))
+            parts.append(decode(chunk.data, header.spec, meaning.vocab_size))
             count += len(parts[-1])
             self.bytes_received += chunk.data.nbytes
         self.tokens_received += count

@@ -155,7 +155,7 @@ def decode_rows(batch: pa.RecordBatch, header: Header, vocab_size: int) -> Token
     num_columns = header.num_columns
     arrow.check(batch, rows_schema(num_columns))
     ids, segments, positions = (
-        arrow.plane(batch, name, "<i4", num_columns) for name in ("ids", "segments", "positions")
+        arrow.plane(batch, name, "<i4", num_columns).copy() for name in ("ids", "segments", "positions")
     )
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         raise PayloadError(f"token ids span {ids.min()}..{ids.max()}; the teacher's vocabulary has {vocab_size}")

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.flight as fl
 import torch
@@ -20,6 +19,7 @@ from kdscale.errors import IdentityError, KdscaleError, PayloadError, StreamErro
 from kdscale.head import Head, HeadSpec
 from kdscale.stream.protocol import Header, Meaning, decode_rows, open_message, require_same_meaning
 from kdscale.targets import arrow
+from kdscale.targets.encode import encode
 from kdscale.targets.layout import schema as target_schema
 
 _PART_POSITIONS = 4096
@@ -128,7 +128,7 @@ def _write(
     sequence = 0
     for start in range(0, max(len(targets), 1), _PART_POSITIONS):
         part = targets.cut(slice(start, start + _PART_POSITIONS))
-        batch = arrow.encode(part, header.spec, schema, vocab_size)
+        batch = encode(part, header.spec, schema, vocab_size)
         meta: dict[str, Any] = {"request": request, "sequence": sequence, "start": start, "count": len(part)}
         meta["checksum"] = arrow.checksum(batch, meta)
         digest.update(meta["checksum"].encode())
@@ -146,7 +146,7 @@ def encode_head(head: Head) -> pa.RecordBatch:
     weight = head.weight_VD[: head.spec.vocab_size].contiguous()
     width = weight.shape[1] * weight.element_size()
     fields = [pa.field("weight", pa.binary(width), nullable=False)]
-    columns: list[np.ndarray] = [weight.view(torch.uint8).numpy()]
+    columns: list[arrow.Column] = [weight.view(torch.uint8).numpy()]
     if head.bias_V is not None:
         fields.append(pa.field("bias", pa.float32(), nullable=False))
         columns.append(head.bias_V[: head.spec.vocab_size].float().numpy())
@@ -169,6 +169,6 @@ def decode_head(batch: pa.RecordBatch) -> Head:
     if meta["dtype"] not in _DTYPES:
         raise PayloadError(f"the teacher's head has dtype {meta['dtype']!r}; known are {', '.join(_DTYPES)}")
     width = batch.schema.field("weight").type.byte_width
-    weight = torch.from_numpy(arrow.plane(batch, "weight", "u1", width)).view(_DTYPES[meta["dtype"]])
-    bias = torch.from_numpy(arrow.plane(batch, "bias", "<f4")) if len(batch.schema) == 2 else None
+    weight = torch.from_numpy(arrow.plane(batch, "weight", "u1", width).copy()).view(_DTYPES[meta["dtype"]])
+    bias = torch.from_numpy(arrow.plane(batch, "bias", "<f4").copy()) if len(batch.schema) == 2 else None
     return Head(weight_VD=weight, bias_V=bias, spec=HeadSpec(**meta["spec"]))

@@ -1,6 +1,7 @@
 """The columns of each payload, and so its bytes. No torch.
 
-Every column is fixed-width and without nulls, one value per position; a plane of K entries is one fixed-size binary.
+Every column is without nulls, one value per position; a plane of K entries is one fixed-size binary. ``sampled`` alone has
+rows of unequal length: a peaked distribution needs few entries.
 """
 
 import json
@@ -10,7 +11,7 @@ import pyarrow as pa
 from kdscale.errors import PayloadError
 from kdscale.spec import ENCODINGS, TargetSpec
 
-VERSION = 2
+VERSION = 3
 
 
 def schema(spec: TargetSpec, vocab_size: int, hidden_size: int) -> pa.Schema:
@@ -27,21 +28,22 @@ def schema(spec: TargetSpec, vocab_size: int, hidden_size: int) -> pa.Schema:
     fields: list[tuple[str, pa.DataType]] = [("label", pa.uint16() if vocab_size <= 1 << 16 else pa.int32())]
     k = min(spec.k, vocab_size)
     match spec.payload:
-        case "topk" | "sampled":
-            fields.append(("ids_low", pa.binary(2 * k)))
-            if high_bytes(k, vocab_size):
-                fields.append(("ids_high", pa.binary(high_bytes(k, vocab_size))))
-            if spec.payload == "sampled" and spec.sampler == "replacement":
-                fields.append(("count", pa.binary(2 * k)))
+        case "topk":
+            if spec.encoding == "uint4":
+                low = k + (-(-k // 2) if low_bits(k, vocab_size) == 12 else 0)
+                fields += [("ids_low", pa.binary(low)), ("ids_bitmap", pa.binary(bitmap_bytes(k, vocab_size)))]
+                fields += [("value", pa.binary(-(-k // 2))), ("ends", pa.binary(2))]
+                fields += [("first", _count_type(k)), ("tail", pa.uint8())]
             else:
-                fields.append(("value", pa.binary((2 if spec.encoding == "float16" else 1) * k)))
-            if spec.payload == "topk":
-                fields.append(("tail_logp", pa.float16()))
-                if spec.temperature != 1.0:
-                    fields.append(("shift", pa.float32()))
-            elif spec.sampler == "threshold":
-                fields.append(("kept", pa.uint16()))
+                fields.append(("ids_low", pa.binary(2 * k)))
+                if high_bytes(k, vocab_size):
+                    fields.append(("ids_high", pa.binary(high_bytes(k, vocab_size))))
+                fields += [("value", pa.binary(value_bytes(spec) * k)), ("tail_logp", pa.float16())]
+            if spec.temperature != 1.0:
+                fields.append(("shift", pa.float32()))
             fields.append(("entropy", pa.float16()))
+        case "sampled":
+            fields += [("ids", pa.binary()), ("weights", pa.binary()), ("entropy", pa.float16())]
         case "hidden" if spec.encoding == "bfloat16":
             fields.append(("hidden", pa.binary(2 * hidden_size)))
         case "hidden":
@@ -52,8 +54,33 @@ def schema(spec: TargetSpec, vocab_size: int, hidden_size: int) -> pa.Schema:
 
 
 def row_bytes(spec: TargetSpec, vocab_size: int, hidden_size: int) -> int:
-    """Bytes of one position; messages add some 300 bytes for every batch of hundreds of positions."""
-    return sum(width(field.type) for field in schema(spec, vocab_size, hidden_size))
+    """Bytes of one position (``sampled``: at most); messages add some 300 bytes for every batch of hundreds of positions."""
+    fixed = [field.type for field in schema(spec, vocab_size, hidden_size) if field.type != pa.binary()]
+    size = sum(width(kind) for kind in fixed)
+    if spec.payload == "sampled":
+        size += 8 + min(spec.k, vocab_size) * (id_bytes(vocab_size) + value_bytes(spec))
+    return size
+
+
+def count_dtype(most: int) -> str:
+    """NumPy's name of the type that counts to ``most``, or of an index into so many."""
+    return "u1" if most < 1 << 8 else "<u2"
+
+
+def _count_type(most: int) -> pa.DataType:
+    return pa.uint8() if most < 1 << 8 else pa.uint16()
+
+
+def id_bytes(vocab_size: int) -> int:
+    """Bytes of an id in a row of entries."""
+    return max(2, -(-(max(vocab_size, 2) - 1).bit_length() // 8))
+
+
+def value_bytes(spec: TargetSpec) -> int:
+    """Bytes of a probability, or of a count of draws."""
+    if spec.payload == "sampled" and spec.sampler == "replacement":
+        return 1 if spec.k < 1 << 8 else 2
+    return 1 if spec.encoding == "uint8" else 2
 
 
 def high_bits(vocab_size: int) -> int:
@@ -65,6 +92,20 @@ def high_bits(vocab_size: int) -> int:
 def high_bytes(count: int, vocab_size: int) -> int:
     """Bytes of the high plane of ``count`` ids."""
     return -(-count * high_bits(vocab_size) // 8)
+
+
+def low_bits(count: int, vocab_size: int) -> int:
+    """Low bits of sorted ids, 8 or 12: whichever makes low bits and bitmap smaller."""
+    return min((8, 12), key=lambda bits: count * bits + 8 * _bitmap_bytes(count, vocab_size, bits))
+
+
+def bitmap_bytes(count: int, vocab_size: int) -> int:
+    """Bytes of the bitmap of ``count`` sorted ids."""
+    return _bitmap_bytes(count, vocab_size, low_bits(count, vocab_size))
+
+
+def _bitmap_bytes(count: int, vocab_size: int, bits: int) -> int:
+    return -(-(count + (max(vocab_size, 1) - 1 >> bits)) // 8)
 
 
 def width(kind: pa.DataType) -> int:

@@ -66,8 +66,9 @@ def targets_of_logits(
         assert uniforms_B is not None
         draw = draw_threshold if spec.sampler == "threshold" else draw_replacement
         uniforms = torch.from_numpy(uniforms_B).to(prob_BV.device)
-        ids_BK, weight_BK, kept_B = draw(prob_BV, top_ids, k, uniforms)
-        return SampledTargets(labels_B, ids_BK.int().cpu(), weight_BK.cpu(), kept_B.int().cpu(), entropy_B.cpu(), tau)
+        ids_BK, weight_BK, count_B, kept_B = draw(prob_BV, top_ids, k, uniforms)
+        counts = (count_B.int().cpu(), kept_B.int().cpu())
+        return SampledTargets(labels_B, ids_BK.int().cpu(), weight_BK.cpu(), *counts, entropy_B.cpu(), tau)
     # Summing what is left, rather than 1 - sum(kept), keeps small tails exact.
     prob_BV.scatter_(1, top_ids, 0.0)
     return TopkTargets(

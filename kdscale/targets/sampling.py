@@ -26,42 +26,47 @@ def uniforms(batch: TokenBatch, seed: int) -> np.ndarray:
 
 def draw_threshold(
     prob_BV: torch.Tensor, top_ids_BK: torch.Tensor, k: int, uniforms_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids [B, K], weights [B, K], kept [B]) by threshold sampling.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ids [B, K], weights [B, K], count [B], kept [B]) by threshold sampling.
 
-    With t such that ``sum min(1, p / t) = K``, every p >= t is kept with its own weight, and the others are included with
-    probability p / t by systematic sampling, each with weight t: exactly K tokens, whose weights sum to 1. The weights of
-    all sampled entries are equal, which is what keeps their noise low (Kish 1965, section 7.4; Duffield, Lund & Thorup
-    2007 for the threshold). Kept entries come first, likeliest first. ``prob_BV`` is overwritten.
+    A position gets ``n = ceil(sum min(1, k p))`` entries, at most k: few where the distribution is peaked. With t such that
+    ``sum min(1, p / t) = n`` (so t is about 1/k), every p >= t is kept with its own weight, and the others are included
+    with probability p / t by systematic sampling, each with weight t: the weights sum to 1. Those of all sampled entries
+    are equal, which is what keeps their noise low (Kish 1965, section 7.4; Duffield, Lund & Thorup 2007 for the threshold).
+    Kept entries come first, likeliest first. ``prob_BV`` is overwritten.
     """
     k = min(k, prob_BV.shape[1])
+    index_K = torch.arange(k, device=prob_BV.device)
     top_BK = prob_BV.gather(1, top_ids_BK[:, :k])
     beyond_B = prob_BV.scatter(1, top_ids_BK[:, :k], 0.0).double().sum(-1)
     # rest[n]: the mass without the n likeliest; summed from the small end.
     rest_BK = top_BK.double().flip(-1).cumsum(-1).flip(-1) + beyond_B[:, None]
-    slots = torch.arange(k, 0, -1, device=prob_BV.device)
-    below = top_BK.double() * slots < rest_BK
-    kept_B = torch.where(below.any(-1), below.int().argmax(-1), k)
-    keep_BK = torch.arange(k, device=prob_BV.device) < kept_B[:, None]
-    draws_B = k - kept_B
+    sure_B = (top_BK * k >= 1).sum(-1)
+    unsure_B = torch.where(sure_B < k, rest_BK.gather(1, sure_B.clamp_max(k - 1)[:, None]).squeeze(1), 0.0)
+    # A sum that rounding has lifted just above a whole number does not ask for one entry more.
+    count_B = (sure_B + (unsure_B * k - 1e-4).ceil().long()).clamp(1, k)
+    slots_BK = count_B[:, None] - index_K
+    below_BK = (top_BK.double() * slots_BK < rest_BK) & (slots_BK > 0)
+    kept_B = torch.where(below_BK.any(-1), below_BK.int().argmax(-1), count_B)
+    keep_BK, used_BK = index_K < kept_B[:, None], index_K < count_B[:, None]
+    draws_B = count_B - kept_B
     last = kept_B.clamp_max(k - 1)[:, None]
     weight_B = torch.where(draws_B > 0, rest_BK.gather(1, last).squeeze(1) / draws_B.clamp_min(1), 0.0)
     # Kept entries take no room on the line of the others.
-    at_kept = prob_BV.gather(1, top_ids_BK[:, :k])
-    prob_BV.scatter_(1, top_ids_BK[:, :k], torch.where(keep_BK, 0.0, at_kept))
+    prob_BV.scatter_(1, top_ids_BK[:, :k], torch.where(keep_BK, 0.0, top_BK))
     line_BV = prob_BV.cumsum(-1, dtype=torch.float64)
-    order = torch.arange(k, device=prob_BV.device) - kept_B[:, None]
-    share_BK = (order + uniforms_B[:, None]) / draws_B.clamp_min(1)[:, None]
+    share_BK = (index_K - kept_B[:, None] + uniforms_B[:, None]) / draws_B.clamp_min(1)[:, None]
     found_BK = torch.searchsorted(line_BV, share_BK.clamp(0.0, _BELOW_ONE) * line_BV[:, -1:], right=True)
     ids_BK = torch.where(keep_BK, top_ids_BK[:, :k], found_BK.clamp_max(prob_BV.shape[1] - 1))
-    return ids_BK, torch.where(keep_BK, top_BK, weight_B[:, None].to(top_BK.dtype)), kept_B
+    weights_BK = torch.where(keep_BK, top_BK, weight_B[:, None].to(top_BK.dtype))
+    return ids_BK.where(used_BK, 0), weights_BK.where(used_BK, 0.0), count_B, kept_B
 
 
 def draw_replacement(
     prob_BV: torch.Tensor, top_ids_BK: torch.Tensor, k: int, uniforms_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids [B, K], weights [B, K], used [B]) by K independent draws from p, each of weight 1/K; a token drawn n times stands once
-    with weight n/K, and unused entries have weight 0 (Anshumann et al. 2025, arXiv 2503.16870, with the proposal p)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ids [B, K], weights [B, K], count [B], count [B]) by K independent draws from p, each of weight 1/K; a token drawn n
+    times stands once with weight n/K (Anshumann et al. 2025, arXiv 2503.16870, with the proposal p)."""
     line_BV = prob_BV.cumsum(-1, dtype=torch.float64)
     # K independent numbers from one.
     seeds = (uniforms_B.double() * 2**53).long().cpu().numpy()
@@ -74,4 +79,5 @@ def draw_replacement(
     weight_BK = torch.zeros(drawn_BK.shape, dtype=torch.float32, device=prob_BV.device)
     weight_BK.scatter_add_(1, slot_BK, torch.full_like(weight_BK, 1 / k))
     ids_BK = torch.zeros_like(drawn_BK).scatter_(1, slot_BK, drawn_BK)
-    return ids_BK, weight_BK, first_BK.sum(-1)
+    count_B = first_BK.sum(-1)
+    return ids_BK, weight_BK, count_B, count_B

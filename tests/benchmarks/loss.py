@@ -32,7 +32,7 @@ def side(name: str, tokens: int, vocab: int, dtype_name: str, threads: int) -> N
     hidden, weight = draw(tokens, WIDTH).requires_grad_(), draw(vocab, WIDTH, scale=0.05).requires_grad_()
     labels = torch.randint(0, vocab, (tokens,), generator=generator)
     teacher_hidden, teacher_weight = draw(tokens, WIDTH).bfloat16(), draw(vocab, WIDTH, scale=0.05)
-    ids = torch.stack([torch.randperm(vocab, generator=generator)[:K] for _ in range(tokens)])
+    ids = torch.stack([torch.randperm(vocab, generator=generator)[:K].clone() for _ in range(tokens)])
     # Kept entries with 0.9 of the mass, as real text has them; which ids they are makes no difference to the time.
     logp = torch.log_softmax(torch.randn(tokens, K, generator=generator) * 3, -1) + torch.tensor(0.9).log()
     tail = torch.full((tokens,), 0.1).log()
@@ -42,7 +42,7 @@ def side(name: str, tokens: int, vocab: int, dtype_name: str, threads: int) -> N
         loss.backward()
         assert hidden.grad is not None
         assert weight.grad is not None
-        figures = {"loss": float(loss), "hidden_norm": float(hidden.grad.float().norm())}
+        figures = {"loss": loss.detach().item(), "hidden_norm": float(hidden.grad.float().norm())}
         figures["weight_norm"] = float(weight.grad.float().norm())
         hidden.grad = weight.grad = None
         return figures

@@ -3,6 +3,7 @@
 A side is ``python -m tests.benchmarks.NAME --side ...``; it calls ``serve``. The benchmark itself calls ``compare``.
 """
 
+import ctypes
 import gc
 import json
 import resource
@@ -35,6 +36,7 @@ def serve(work: Callable[[], dict[str, float]], owned_bytes: int = 0) -> None:
 def _transient(work: Callable[[], Any]) -> int:
     """Peak resident bytes of one call beyond what was resident before it."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not what this call needs
     status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _field(status, "VmRSS")
@@ -66,9 +68,7 @@ class Side:
 
     @property
     def spread(self) -> float:
-        """Half the interquartile range over the median."""
-        low, _, high = statistics.quantiles(self.seconds, n=4)
-        return (high - low) / 2 / self.median
+        return spread(self.seconds)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -110,6 +110,24 @@ def _line(side: Side, process: "subprocess.Popen[str]") -> str:
     if not line:
         raise SystemExit(f"side {side.name} ended with {process.wait()}")
     return line
+
+
+def alternate(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each work, by name, in turns within this process, after one round of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for round_number in range(rounds + 1):
+        for name, work in works.items():
+            began = time.perf_counter()
+            work()
+            if round_number:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def spread(seconds: list[float]) -> float:
+    """Half the interquartile range over the median."""
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return (high - low) / 2 / middle
 
 
 def agree(sides: list[Side], name: str, tolerance: float) -> None:

@@ -166,7 +166,10 @@ def test_fused_sampled(temperature: float):
     weights[:, 0] += 1
     p = reference.softmax(case.teacher.numpy() / temperature)
     entropy = -(p * np.log(p)).sum(-1)
-    tensors = (torch.from_numpy(array) for array in (weights.astype("f4"), np.zeros(T, "i4"), entropy.astype("f4")))
+    tensors = (
+        torch.from_numpy(array)
+        for array in (weights.astype("f4"), np.full(T, K, "i4"), np.zeros(T, "i4"), entropy.astype("f4"))
+    )
     targets = SampledTargets(torch.from_numpy(case.labels).int(), torch.from_numpy(ids).int(), *tensors, temperature)
 
     def soft(student: np.ndarray) -> float:

@@ -51,7 +51,7 @@ def test_resolved_config_round_trips(file: Path, tmp_path: Path):
             "loss.divergence=logit_mse",
             r"cannot be had from targets.payload = topk, .* use targets.payload = hidden or dense",
         ),
-        ("targets.encoding=int8", r"payload topk travels as float16 or uint8"),
+        ("targets.encoding=int8", r"payload topk travels as float16 or uint8 or uint4"),
         ("train.steps=many", r"train.steps = 'many'"),
         ("run.name=../x", r"run.name: '../x' must match"),
         ("train.batch_rows=3 ", r"not of the form|train.batch_rows"),

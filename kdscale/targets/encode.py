@@ -1,0 +1,87 @@
+"""Soft targets to record batches.
+
+T = positions, K = named entries.
+"""
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from kdscale.batch import DenseTargets, HiddenTargets, SampledTargets, SoftTargets, TopkTargets
+from kdscale.spec import TargetSpec
+from kdscale.targets.arrow import Column, record_batch
+from kdscale.targets.codec import (
+    encode_between,
+    encode_logp,
+    pack_ids,
+    pack_nibbles,
+    pack_ragged,
+    pack_sorted,
+    quantize_rows,
+)
+from kdscale.targets.layout import count_dtype, id_bytes, value_bytes
+
+_LOWEST = torch.finfo(torch.float16).min
+
+
+def encode(targets: SoftTargets, spec: TargetSpec, target_schema: pa.Schema, vocab_size: int) -> pa.RecordBatch:
+    """The record batch of ``targets`` under ``target_schema``, which is ``layout.schema``'s of ``spec``."""
+    labels = targets.labels_T.numpy()
+    columns: list[Column] = [labels.astype(np.uint16) if vocab_size <= 1 << 16 else labels]
+    match targets:
+        case TopkTargets():
+            columns += _sorted(targets, vocab_size) if spec.encoding == "uint4" else _ordered(targets, spec, vocab_size)
+            if spec.temperature != 1.0:
+                columns.append(targets.shift_T.numpy())
+            columns.append(_half(targets.entropy_T))
+        case SampledTargets():
+            columns += _samples(targets, spec, vocab_size)
+            columns.append(_half(targets.entropy_T))
+        case HiddenTargets() if spec.encoding == "bfloat16":
+            columns.append(targets.hidden_TD.contiguous().view(torch.int16).numpy())
+        case HiddenTargets():
+            values, scale = quantize_rows(targets.hidden_TD)
+            columns += [values.numpy(), scale.numpy()]
+        case DenseTargets():
+            columns.append(targets.logp_TV.numpy())
+    return record_batch(columns, target_schema)
+
+
+def _ordered(targets: TopkTargets, spec: TargetSpec, vocab_size: int) -> list[np.ndarray]:
+    planes = pack_ids(targets.ids_TK.numpy(), vocab_size)
+    return [*planes, _values(targets.logp_TK, spec), _half(targets.tail_logp_T)]
+
+
+def _sorted(targets: TopkTargets, vocab_size: int) -> list[np.ndarray]:
+    """Ids ascending, and where the likeliest stands among them."""
+    ids = targets.ids_TK.numpy()
+    order = ids.argsort(axis=1)
+    codes, ends = encode_between(targets.logp_TK)
+    planes = pack_sorted(np.take_along_axis(ids, order, 1), vocab_size)
+    planes += [pack_nibbles(np.take_along_axis(codes.numpy(), order, 1)), ends.numpy()]
+    planes.append(order.argmin(axis=1).astype(count_dtype(ids.shape[1])))
+    return [*planes, encode_logp(targets.tail_logp_T.clone()).numpy()]
+
+
+def _samples(targets: SampledTargets, spec: TargetSpec, vocab_size: int) -> list[Column]:
+    """Rows of the ids used, and of the weights that are an entry's own."""
+    if spec.sampler == "replacement":
+        values = (targets.weight_TK * spec.k).round().numpy().astype(np.uint16)
+    else:
+        values = _values(targets.weight_TK.clamp(torch.finfo(torch.float32).tiny, 1.0).log(), spec)
+    count, kept = targets.count_T.numpy().astype(np.int64), targets.kept_T.numpy().astype(np.int64)
+    ids = pack_ragged(targets.ids_TK.numpy(), count, id_bytes(vocab_size))
+    return [ids, pack_ragged(values, kept, value_bytes(spec))]
+
+
+def _values(logp: torch.Tensor, spec: TargetSpec) -> np.ndarray:
+    if spec.encoding == "uint8":
+        return encode_logp(logp).numpy()
+    # A log-probability below float16's range stands for none at all: keep it finite.
+    values: np.ndarray = logp.clamp_min(_LOWEST).half().numpy()
+    return values
+
+
+def _half(values: torch.Tensor) -> np.ndarray:
+    halves: np.ndarray = values.half().numpy()
+    return halves

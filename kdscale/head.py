@@ -56,6 +56,6 @@ def finish_logits(product_TV: torch.Tensor, bias_V: torch.Tensor | None, spec: H
     return product_TV
 
 
-def chunk_rows(vocab_size: int, chunk_bytes: int) -> int:
-    """Rows of a float32 [rows, vocab_size] tile that fit into ``chunk_bytes``; at least 1."""
-    return max(1, chunk_bytes // (4 * vocab_size))
+def chunk_rows(vocab_size: int, chunk_bytes: int, item_bytes: int = 4) -> int:
+    """Rows of a [rows, vocab_size] tile that fit into ``chunk_bytes``; at least 1."""
+    return max(1, chunk_bytes // (item_bytes * vocab_size))

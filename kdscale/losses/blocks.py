@@ -166,6 +166,9 @@ def _dense(
     if teacher_temperature not in (1.0, tau):
         raise ConfigError(f"dense targets at temperature {teacher_temperature:g} cannot serve temperature {tau:g}")
     teacher_BV.clamp_min_(_RULED_OUT)
+    if kind.name == "forward_kl" and tau == 1.0:
+        _dense_forward(block_BV, at_label, teacher_BV, teacher_temperature, objective, stats_BS)
+        return
     logq1_BV = torch.log_softmax(block_BV, -1)
     logp1_BV = torch.log_softmax(teacher_BV * teacher_temperature, -1)
     stats_BS[:, _HARD] = (block_BV.logsumexp(-1, keepdim=True) - at_label).squeeze(1)
@@ -186,9 +189,37 @@ def _dense(
         stats_BS[:, _SOFT] = gap.square().mean(-1)
         grad = gap.mul_(2 * objective.soft_factor / gap.shape[-1])
     else:
-        same = kind.name == "forward_kl" and tau == 1.0
-        stats_BS[:, _SOFT] = kl if same else total(kind, logp_BV, logq_BV, finite=True)
+        stats_BS[:, _SOFT] = total(kind, logp_BV, logq_BV, finite=True)
         grad = gradient(kind, logp_BV, logq_BV).mul_(objective.soft_factor / tau)
     if hard_weight:
         grad.add_(logq1_BV.exp_(), alpha=hard_weight)
     block_BV.copy_(grad)
+
+
+def _dense_forward(
+    block_BV: torch.Tensor,
+    at_label: torch.Tensor,
+    teacher_BV: torch.Tensor,
+    teacher_temperature: float,
+    objective: Objective,
+    stats_BS: torch.Tensor,
+) -> None:
+    """The common case, forward KL at temperature 1, from one exponential a side: everything else are dot products."""
+    if teacher_temperature != 1.0:
+        teacher_BV.mul_(teacher_temperature)
+    peak_B1, top1_B1 = teacher_BV.max(-1, keepdim=True)
+    teacher_BV.sub_(peak_B1)
+    stats_BS[:, _TOP1] = (block_BV.gather(1, top1_B1) >= 0).squeeze(1).to(stats_BS.dtype)
+    p_BV = teacher_BV.exp()
+    mass_p_B = p_BV.sum(-1)
+    # Sums of p times its own logits and times the student's, before p is normalised.
+    own_B, across_B = (torch.linalg.vecdot(p_BV, other) / mass_p_B for other in (teacher_BV, block_BV))
+    q_BV = block_BV.exp_()
+    mass_q_B1 = q_BV.sum(-1, keepdim=True)
+    log_mass_q_B = mass_q_B1.log().squeeze(1)
+    stats_BS[:, _ENTROPY] = mass_p_B.log() - own_B
+    stats_BS[:, _SOFT] = stats_BS[:, _KL] = own_B - mass_p_B.log() - across_B + log_mass_q_B
+    stats_BS[:, _HARD] = log_mass_q_B - at_label.squeeze(1)
+    stats_BS[:, _TEACHER_KEPT] = stats_BS[:, _STUDENT_KEPT] = 1
+    soft, hard = objective.soft_factor, objective.hard_weight
+    q_BV.mul_((soft + hard) / mass_q_B1).sub_(p_BV.mul_((soft / mass_p_B)[:, None]))

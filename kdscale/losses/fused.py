@@ -2,9 +2,10 @@
 
 T = positions trained on, C = positions of a chunk, B = positions of a block, V = true vocabulary, D = hidden size.
 
-One float32 tile [C, V] goes through all stages in place: logits -> gradient -> the two products. Chunks are large, so that
-the products run at full speed; the elementwise work in between goes through each chunk by blocks small enough for the
-cache. The gradients are computed in the forward pass, when the logits are there anyway; backward only multiplies them.
+One tile [C, V] in the weight's dtype goes through all stages in place: logits -> gradient -> the two products. Chunks are
+large enough that the products run at full speed; the elementwise work in between goes through each chunk in float32, by blocks
+small enough for the cache. The gradients are computed in the forward pass, when the logits are there anyway; backward only
+multiplies them.
 """
 
 from typing import Any
@@ -20,6 +21,11 @@ from kdscale.losses.objective import Objective
 __all__ = ["STATS", "fused_loss"]
 _BLOCK_BYTES = 2 << 20
 """On processors: a block and its temporaries stay in the second-level caches of the cores that share it."""
+_CPU_CHUNK_ROWS = 160
+"""On processors: float32 rows beyond which the products gain no more (bfloat16: twice as many)."""
+_ROUNDED_SUMS = 16
+"""A narrow weight's gradient is summed in its own dtype over so many chunks at most: each rounds once, which adds up to less
+than the products' own rounding. Over more it is summed in float32."""
 
 
 def fused_loss(
@@ -68,19 +74,19 @@ class _FusedLoss(torch.autograd.Function):
         chunk_bytes: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        need_bias = need_bias and bias is not None
-        device, weight_VD = hidden_TD.device, weight[: spec.vocab_size]
+        device, weight_VD, count = hidden_TD.device, weight[: spec.vocab_size], len(hidden_TD)
+        both = isinstance(targets, HiddenTargets)
+        rows = _rows(count, weight, spec.vocab_size, chunk_bytes, tiles=2 if both else 1)
         sums = torch.zeros(len(STATS), dtype=torch.float64, device=device)
         grad_hidden = torch.empty_like(hidden_TD) if need_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=device) if need_weight else None
-        grad_bias = (
-            torch.zeros(bias.shape, dtype=torch.float32, device=device) if need_bias and bias is not None else None
-        )
-        both = isinstance(targets, HiddenTargets)
-        rows = min(chunk_rows(spec.vocab_size, chunk_bytes // (2 if both else 1)), max(1, len(hidden_TD)))
-        tile = torch.empty(rows, spec.vocab_size, dtype=torch.float32, device=device)
+        sum_dtype = weight.dtype if count <= _ROUNDED_SUMS * rows else torch.float32
+        grad_weight = torch.empty(weight.shape, dtype=sum_dtype, device=device) if need_weight else None
+        grad_bias = None
+        if need_bias and bias is not None:
+            grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=device)
+        tile = torch.empty(rows, spec.vocab_size, dtype=weight.dtype, device=device)
         teacher_tile = torch.empty_like(tile) if both else None
-        for start in range(0, len(hidden_TD), rows):
+        for start in range(0, count, rows):
             part = slice(start, start + rows)
             hidden_CD = hidden_TD[part].to(weight.dtype)
             tile_CV = _product(hidden_CD, weight_VD, tile)
@@ -88,25 +94,19 @@ class _FusedLoss(torch.autograd.Function):
             if isinstance(targets, HiddenTargets):
                 assert teacher_head is not None
                 assert teacher_tile is not None
-                theirs = targets.hidden_TD[part].to(teacher_head.weight_VD.dtype)
-                teacher_CV = _product(theirs, teacher_head.weight_VD[: spec.vocab_size], teacher_tile)
+                theirs = teacher_head.weight_VD[: spec.vocab_size].to(weight.dtype)
+                teacher_CV = _product(targets.hidden_TD[part].to(weight.dtype), theirs, teacher_tile)
+            cut = None if targets is None else targets.cut(part)
             sums += _elementwise(
-                tile_CV,
-                bias,
-                spec,
-                labels_T[part],
-                None if targets is None else targets.cut(part),
-                teacher_CV,
-                teacher_head,
-                objective,
+                tile_CV, bias, spec, labels_T[part], cut, teacher_CV, teacher_head, objective, grad_bias
             )
-            low_CV = tile_CV.to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = low_CV @ weight_VD
+                grad_hidden[part] = tile_CV @ weight_VD
             if grad_weight is not None:
-                _accumulate(grad_weight[: spec.vocab_size], low_CV, hidden_CD)
-            if grad_bias is not None:
-                grad_bias[: spec.vocab_size] += tile_CV.sum(0)
+                _accumulate(grad_weight[: spec.vocab_size], tile_CV, hidden_CD, first=start == 0)
+        if grad_weight is not None:
+            # Phantom rows; and all of them where there was no chunk.
+            grad_weight[spec.vocab_size if count else 0 :].zero_()
         ctx.grads = [
             None if grad is None or of is None else grad.to(of.dtype)
             for grad, of in ((grad_hidden, hidden_TD), (grad_weight, weight), (grad_bias, bias))
@@ -129,22 +129,28 @@ def _combine(sums: torch.Tensor, objective: Objective, *, soft: bool) -> torch.T
     return objective.soft_factor * values["soft"] + objective.hard_weight * values["hard"]
 
 
+def _rows(count: int, weight: torch.Tensor, vocab_size: int, chunk_bytes: int, *, tiles: int) -> int:
+    """Rows of each of as few even chunks as the budget for ``tiles`` allows."""
+    size = weight.element_size()
+    most = chunk_rows(vocab_size, chunk_bytes // tiles, size)
+    if weight.device.type == "cpu":
+        most = min(most, _CPU_CHUNK_ROWS * 4 // size)
+    return -(-count // -(-count // most)) if count else 1
+
+
 def _product(hidden_CD: torch.Tensor, weight_VD: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
-    """``hidden @ weight.T`` in float32, in the tile."""
-    tile_CV = tile[: len(hidden_CD)]
-    if weight_VD.dtype == torch.float32:
-        torch.mm(hidden_CD, weight_VD.T, out=tile_CV)
-    else:
-        tile_CV.copy_(hidden_CD @ weight_VD.T)
-    return tile_CV
+    """``hidden @ weight.T``, in the tile."""
+    return torch.mm(hidden_CD, weight_VD.T, out=tile[: len(hidden_CD)])
 
 
-def _accumulate(grad_VD: torch.Tensor, low_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
-    """Add ``low.T @ hidden``; chunks add up in float32 whatever the product's dtype."""
-    if low_CV.dtype == torch.float32:
-        grad_VD.addmm_(low_CV.T, hidden_CD)
+def _accumulate(grad_VD: torch.Tensor, tile_CV: torch.Tensor, hidden_CD: torch.Tensor, *, first: bool) -> None:
+    """Add ``tile.T @ hidden``; the first one overwrites."""
+    if grad_VD.dtype == tile_CV.dtype:
+        torch.addmm(grad_VD, tile_CV.T, hidden_CD, beta=0.0 if first else 1.0, out=grad_VD)
+    elif first:
+        grad_VD.copy_(tile_CV.T @ hidden_CD)
     else:
-        grad_VD += low_CV.T @ hidden_CD
+        grad_VD += tile_CV.T @ hidden_CD
 
 
 def _elementwise(
@@ -156,6 +162,7 @@ def _elementwise(
     teacher_CV: torch.Tensor | None,
     teacher_head: Head | None,
     objective: Objective,
+    grad_bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Turn a chunk's products into the gradient with respect to them; returns the statistics' sums, float64."""
     count, vocab_size = tile_CV.shape
@@ -163,15 +170,20 @@ def _elementwise(
     stats_CS = torch.zeros(count, len(STATS), dtype=torch.float32, device=tile_CV.device)
     for start in range(0, count, rows):
         part = slice(start, start + rows)
-        block_BV = finish_logits(tile_CV[part], bias, spec)
+        # In float32 a block is the tile's own memory, else a copy that goes back below.
+        block_BV = finish_logits(tile_CV[part].float(), bias, spec)
         slope_BV = 1 - (block_BV / spec.softcap).square_() if spec.softcap is not None else None
         teacher_BV = None
         if teacher_CV is not None and teacher_head is not None:
-            teacher_BV = finish_logits(teacher_CV[part], teacher_head.bias_V, teacher_head.spec)
+            teacher_BV = finish_logits(teacher_CV[part].float(), teacher_head.bias_V, teacher_head.spec)
         cut = None if targets is None else targets.cut(part)
         block_gradient(block_BV, labels_C[part], cut, teacher_BV, objective, stats_CS[part])
         if slope_BV is not None:
             block_BV *= slope_BV
         if spec.scale != 1.0:
             block_BV *= spec.scale
+        if grad_bias is not None:
+            grad_bias[:vocab_size] += block_BV.sum(0)
+        if tile_CV.dtype != torch.float32:
+            tile_CV[part] = block_BV
     return stats_CS.double().sum(0)

@@ -49,7 +49,6 @@ def make_summary(
     real = sum(stats["tokens"] for stats in teacher_stats)
     dummy = sum(stats["dummy_tokens"] for stats in teacher_stats)
     soft = config.loss.soft
-    meaning = prepared.meaning
     summary = {
         "name": config.run.name,
         "steps": report["step"],
@@ -68,7 +67,7 @@ def make_summary(
         "teacher_forwards": teacher_stats[0]["forwards"],
         "dummy_token_share": dummy / (real + dummy) if real + dummy else None,
         "payload": config.targets.payload if soft else None,
-        "bytes_per_token": row_bytes(config.target_spec(0), meaning.vocab_size, meaning.hidden_size) if soft else None,
+        "bytes_per_token": _bytes_per_token(config, prepared, report) if soft else None,
         "teacher_wait_share": totals["wait_seconds"] / totals["seconds"] if totals["seconds"] else None,
         "hard_weight": config.model_dump()["loss"]["hard_weight"],
         "heldout_tokens": after.get("num_tokens"),
@@ -88,3 +87,12 @@ def make_summary(
         summary[f"{name}_tokens_per_second_forward"] = figures.get("tokens_per_second")
         summary[f"{name}_peak_memory_bytes"] = figures.get("peak_memory_bytes")
     return summary
+
+
+def _bytes_per_token(config: RunConfig, prepared: Prepared, report: dict[str, Any]) -> float:
+    """Of a trained position: as the layout has it, or as received where that depends on the text."""
+    spec, meaning = config.target_spec(0), prepared.meaning
+    received = report["received"].get(spec.payload)
+    if spec.payload == "sampled" and received is not None:
+        return received["bytes"] / received["tokens"]
+    return row_bytes(spec, meaning.vocab_size, meaning.hidden_size)

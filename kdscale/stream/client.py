@@ -3,8 +3,9 @@
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.flight as fl
@@ -25,6 +26,7 @@ from kdscale.targets.decode import decode
 from kdscale.targets.layout import schema as target_schema
 
 _LOG = log.get(__name__)
+Answer = TypeVar("Answer")
 _FATAL = {"IdentityError": IdentityError, "PayloadError": PayloadError}
 
 
@@ -40,6 +42,18 @@ class _Line:
     served: int = 0
 
 
+@dataclass
+class Received:
+    """Bytes and positions that answers held."""
+
+    bytes: int = 0
+    tokens: int = 0
+
+    def add(self, parts: list[pa.RecordBatch]) -> None:
+        self.bytes += sum(part.nbytes for part in parts)
+        self.tokens += sum(part.num_rows for part in parts)
+
+
 class FlightSource:
     """A ``TargetSource`` over the live teacher endpoints of a run. Safe to call from several threads."""
 
@@ -51,17 +65,33 @@ class FlightSource:
         self._lock = threading.Lock()
         self._lines: dict[Endpoint, _Line] = {}
         self._sequence = 0
-        self.bytes_received = 0
-        self.tokens_received = 0
+        self.received: dict[str, Received] = {}
+        """What answers amounted to, by payload."""
 
     # ---- the contract ----
 
     def fetch(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
+        def receive(line: _Line, header: Header) -> SoftTargets:
+            parts = self._exchange(line, header, batch)
+            try:
+                targets = SoftTargets.join([decode(part, spec, self._meaning.vocab_size) for part in parts])
+            except PayloadError as error:
+                raise _Retry(f"{line.endpoint.address}: {error}") from error
+            self.received.setdefault(spec.payload, Received()).add(parts)
+            return targets
+
+        return self._request(batch, spec, receive)
+
+    def fetch_batches(self, batch: TokenBatch, spec: TargetSpec) -> list[pa.RecordBatch]:
+        """The verified record batches of an answer, as they travelled."""
+        return self._request(batch, spec, lambda line, header: self._exchange(line, header, batch))
+
+    def _request(self, batch: TokenBatch, spec: TargetSpec, receive: Callable[[_Line, Header], Answer]) -> Answer:
         with self._lock:
             self._sequence += 1
             request = f"{self._who}-{batch.number}-{self._sequence}"
         header = Header(request, spec, self._meaning, batch.ids_RL.shape[1], batch.number)
-        return self._retrying(request, batch.num_tokens_real, lambda line: self._exchange(line, header, batch))
+        return self._retrying(request, batch.num_tokens_real, lambda line: receive(line, header))
 
     def fetch_head(self) -> Head:
         """The teacher's head (weight, bias, softcap, scale), checked against its checksum."""
@@ -79,8 +109,8 @@ class FlightSource:
 
     # ---- which endpoint, and again ----
 
-    def _retrying(self, request: str, tokens: int, attempt: Any) -> Any:
-        def once() -> Any:
+    def _retrying(self, request: str, tokens: int, attempt: Callable[[_Line], Answer]) -> Answer:
+        def once() -> Answer:
             line = self._acquire(tokens)
             try:
                 return attempt(line)
@@ -151,7 +181,7 @@ class FlightSource:
 
     # ---- one attempt ----
 
-    def _exchange(self, line: _Line, header: Header, batch: TokenBatch) -> SoftTargets:
+    def _exchange(self, line: _Line, header: Header, batch: TokenBatch) -> list[pa.RecordBatch]:
         rows = encode_rows(batch)
         descriptor = fl.FlightDescriptor.for_command(header.dump(self._access.token))
         writer, reader = line.client.do_exchange(descriptor)
@@ -173,11 +203,12 @@ class FlightSource:
         finally:
             watchdog.stop()
 
-    def _receive(self, reader: fl.FlightStreamReader, header: Header, watchdog: "_Watchdog") -> SoftTargets:
+    def _receive(self, reader: fl.FlightStreamReader, header: Header, watchdog: "_Watchdog") -> list[pa.RecordBatch]:
+        """The answer's record batches; each agrees with its schema, declared size and checksum, all with the trailer."""
         meaning = self._meaning
         schema = target_schema(header.spec, meaning.vocab_size, meaning.hidden_size)
         digest = xxhash.xxh3_128()
-        parts: list[SoftTargets] = []
+        parts: list[pa.RecordBatch] = []
         count, progress = 0, -1
         while True:
             try:
@@ -203,11 +234,9 @@ class FlightSource:
             if arrow.checksum(chunk.data, meta) != meta["checksum"]:
                 raise PayloadError(f"{header.request}: part {meta['sequence']} does not agree with its checksum")
             digest.update(meta["checksum"].encode())
-            parts.append(decode(chunk.data, header.spec, meaning.vocab_size))
-            count += len(parts[-1])
-            self.bytes_received += chunk.data.nbytes
-        self.tokens_received += count
-        return SoftTargets.join(parts)
+            parts.append(chunk.data)
+            count += chunk.data.num_rows
+        return parts
 
     def _get_head(self, line: _Line) -> Head:
         ticket = fl.Ticket(message(self._access.token))

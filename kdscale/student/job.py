@@ -127,6 +127,7 @@ class StudentJob:
         self._phase("exporting")
         report["export_max_logit_difference"] = self._export(loader.batch(0).cut(slice(0, 1)), tokenizer.save)
         report["teacher_stats"] = source.teacher_stats()
+        report["received"] = {payload: asdict(received) for payload, received in source.received.items()}
         source.close()
         return report
 

@@ -151,7 +151,7 @@ def test_many_requests_come_back_in_order(teacher: Teacher):
     with pytest.raises(StopIteration):
         prefetcher.next()
     prefetcher.close()
-    assert source.tokens_received == sum(one.num_tokens for one in batches)
+    assert source.received["topk"].tokens == sum(one.num_tokens for one in batches)
 
 
 def test_window_bounds_what_is_asked_for(teacher: Teacher):

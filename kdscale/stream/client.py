@@ -65,6 +65,7 @@ class FlightSource:
         self._lock = threading.Lock()
         self._lines: dict[Endpoint, _Line] = {}
         self._sequence = 0
+        self._watchdog = _Watchdog(settings.stall_seconds)
         self.received: dict[str, Received] = {}
         """What answers amounted to, by payload."""
 
@@ -104,6 +105,7 @@ class FlightSource:
         return [call(line.client, "stats", self._access.token, self._settings.stall_seconds) for line in lines]
 
     def close(self) -> None:
+        self._watchdog.close()
         for line in self._lines.values():
             line.client.close()
 
@@ -185,57 +187,56 @@ class FlightSource:
         rows = encode_rows(batch)
         descriptor = fl.FlightDescriptor.for_command(header.dump(self._access.token))
         writer, reader = line.client.do_exchange(descriptor)
-        watchdog = _Watchdog(reader, self._settings.stall_seconds)
+        watch = self._watchdog.watch(reader)
         try:
             with writer:
                 writer.begin(rows.schema)
                 writer.write_batch(rows)
                 writer.done_writing()
-                return self._receive(reader, header, watchdog)
+                return self._receive(reader, header, watch)
         except PayloadError as error:
             # Damaged on the way: the next attempt may come through whole.
             raise _Retry(f"{line.endpoint.address}: {error}") from error
         except fl.FlightCancelledError as error:
-            if watchdog.fired:
+            if watch.fired:
                 self._drop(line)
                 raise _Retry(f"{line.endpoint.address}: no progress for {self._settings.stall_seconds:g} s") from error
             raise
         finally:
-            watchdog.stop()
+            self._watchdog.forget(watch)
 
-    def _receive(self, reader: fl.FlightStreamReader, header: Header, watchdog: "_Watchdog") -> list[pa.RecordBatch]:
-        """The answer's record batches; each agrees with its schema, declared size and checksum, all with the trailer."""
+    def _receive(self, reader: fl.FlightStreamReader, header: Header, watch: "_Watch") -> list[pa.RecordBatch]:
+        """The answer's record batches; each agrees with its schema, declared size and checksum, all with the last one's count and digest."""
         meaning = self._meaning
         schema = target_schema(header.spec, meaning.vocab_size, meaning.hidden_size)
         digest = xxhash.xxh3_128()
         parts: list[pa.RecordBatch] = []
-        count, progress = 0, -1
-        while True:
+        count, progress, end = 0, -1, None
+        while end is None:
             try:
                 chunk = reader.read_chunk()
             except StopIteration:
-                raise PayloadError(f"the answer to {header.request} ended without its trailer") from None
+                raise PayloadError(f"the answer to {header.request} ended without its last part") from None
             meta = json.loads(chunk.app_metadata.to_pybytes())
             if "progress" in meta:
                 if meta["progress"] != progress:
                     progress = meta["progress"]
-                    watchdog.progress()
+                    watch.progress()
                 continue
-            watchdog.progress()
+            watch.progress()
             if meta.get("request") != header.request or meta.get("sequence") != len(parts):
                 raise PayloadError(f"message {meta.get('request')}/{meta.get('sequence')} is not the one awaited")
-            if "end" in meta:
-                if meta["end"] != count or meta["digest"] != digest.hexdigest():
-                    raise PayloadError(f"the answer to {header.request} does not agree with its trailer")
-                break
             arrow.check(chunk.data, schema)
             if chunk.data.num_rows != meta["count"] or meta["start"] != count:
                 raise PayloadError(f"{header.request}: {chunk.data.num_rows} rows where {meta['count']} are declared")
             if arrow.checksum(chunk.data, meta) != meta["checksum"]:
                 raise PayloadError(f"{header.request}: part {meta['sequence']} does not agree with its checksum")
-            digest.update(meta["checksum"].encode())
             parts.append(chunk.data)
             count += chunk.data.num_rows
+            end = meta.get("end")
+            if end is not None and (end != count or meta["digest"] != digest.hexdigest()):
+                raise PayloadError(f"the answer to {header.request} does not agree with what its last part says of it")
+            digest.update(meta["checksum"].encode())
         return parts
 
     def _get_head(self, line: _Line) -> Head:
@@ -245,29 +246,45 @@ class FlightSource:
         return decode_head(batches[0])
 
 
-class _Watchdog:
-    """Cancels a read that makes no progress; gRPC's own keep-alive would take a minute and harm idle streams."""
+class _Watch:
+    """One read that is being watched."""
 
-    def __init__(self, reader: fl.FlightStreamReader, limit_s: float) -> None:
-        self._reader = reader
-        self._limit_s = limit_s
+    def __init__(self, reader: fl.FlightStreamReader) -> None:
+        self.reader = reader
         self.fired = False
-        self._deadline = time.monotonic() + limit_s
-        self._stopped = threading.Event()
-        threading.Thread(target=self._watch, daemon=True, name="stall-watchdog").start()
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(max(0.0, self._deadline - time.monotonic())):
-            if time.monotonic() >= self._deadline:
-                self.fired = True
-                self._reader.cancel()
-                return
+        self.progress()
 
     def progress(self) -> None:
-        self._deadline = time.monotonic() + self._limit_s
+        self.seen = time.monotonic()
 
-    def stop(self) -> None:
-        self._stopped.set()
+
+class _Watchdog:
+    """Cancels reads that make no progress; gRPC's own keep-alive would take a minute and harm idle streams."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._watches: set[_Watch] = set()
+        self._closed = threading.Event()
+        threading.Thread(target=self._run, daemon=True, name="stall-watchdog").start()
+
+    def watch(self, reader: fl.FlightStreamReader) -> _Watch:
+        watch = _Watch(reader)
+        self._watches.add(watch)
+        return watch
+
+    def forget(self, watch: _Watch) -> None:
+        self._watches.discard(watch)
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _run(self) -> None:
+        while not self._closed.wait(min(1.0, self._limit_s / 10)):
+            now = time.monotonic()
+            for watch in list(self._watches):
+                if now - watch.seen >= self._limit_s and not watch.fired:
+                    watch.fired = True
+                    watch.reader.cancel()
 
 
 def _first_line(error: BaseException) -> str:

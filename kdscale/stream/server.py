@@ -22,7 +22,8 @@ from kdscale.targets import arrow
 from kdscale.targets.encode import encode
 from kdscale.targets.layout import schema as target_schema
 
-_PART_POSITIONS = 4096
+_PART_BYTES = 4 << 20
+"""Of one message: large enough that its own cost is small, small enough that sending and checking overlap."""
 _HEARTBEAT_S = 2.0
 # Faults that another endpoint would repeat: the client must not retry them.
 _FATAL = (IdentityError, PayloadError)
@@ -123,19 +124,19 @@ class TargetServer(fl.FlightServerBase):
 def _write(
     writer: fl.MetadataRecordBatchWriter, header: Header, targets: SoftTargets, schema: pa.Schema, vocab_size: int
 ) -> None:
-    request = header.request
+    """Send the answer in parts. Each one's metadata says what it is; the last one's also how much the whole is."""
     digest = xxhash.xxh3_128()
-    sequence = 0
-    for start in range(0, max(len(targets), 1), _PART_POSITIONS):
-        part = targets.cut(slice(start, start + _PART_POSITIONS))
+    total = len(targets)
+    rows = max(1, _PART_BYTES * max(1, total) // max(1, sum(tensor.nbytes for tensor in targets.tensors())))
+    for sequence, start in enumerate(range(0, max(total, 1), rows)):
+        part = targets if total <= rows else targets.cut(slice(start, start + rows))
         batch = encode(part, header.spec, schema, vocab_size)
-        meta: dict[str, Any] = {"request": request, "sequence": sequence, "start": start, "count": len(part)}
+        meta: dict[str, Any] = {"request": header.request, "sequence": sequence, "start": start, "count": len(part)}
+        if start + len(part) == total:
+            meta |= {"end": total, "digest": digest.hexdigest()}
         meta["checksum"] = arrow.checksum(batch, meta)
         digest.update(meta["checksum"].encode())
         writer.write_with_metadata(batch, json.dumps(meta).encode())
-        sequence += 1
-    end = {"request": request, "sequence": sequence, "end": len(targets), "digest": digest.hexdigest()}
-    writer.write_metadata(json.dumps(end).encode())
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

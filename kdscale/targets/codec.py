@@ -29,12 +29,14 @@ _LOG_OF_CODE = torch.from_numpy(
 
 def pack_ids(ids: np.ndarray, vocab_size: int) -> list[np.ndarray]:
     """Split int32 ids [rows, count] into their planes, low first."""
-    planes: list[np.ndarray] = [(ids & 0xFFFF).astype(np.uint16)]
+    planes: list[np.ndarray] = [ids.astype(np.uint16)]  # wraps: the low bits
     bits = high_bits(vocab_size)
+    if not bits:
+        return planes
     high = ids >> 16
     if bits == 16:
         planes.append(high.astype(np.uint16))
-    elif bits:
+    else:
         each = 8 // bits
         padded = np.zeros((ids.shape[0], high_bytes(ids.shape[1], vocab_size) * each), np.uint8)
         padded[:, : ids.shape[1]] = high

@@ -78,7 +78,7 @@ def _values(logp: torch.Tensor, spec: TargetSpec) -> np.ndarray:
     if spec.encoding == "uint8":
         return encode_logp(logp).numpy()
     # A log-probability below float16's range stands for none at all: keep it finite.
-    values: np.ndarray = logp.clamp_min(_LOWEST).half().numpy()
+    values: np.ndarray = logp.half().clamp_min_(_LOWEST).numpy()
     return values
 
 

@@ -5,6 +5,7 @@ rows of unequal length: a peaked distribution needs few entries.
 """
 
 import json
+from functools import lru_cache
 
 import pyarrow as pa
 
@@ -14,6 +15,7 @@ from kdscale.spec import ENCODINGS, TargetSpec
 VERSION = 3
 
 
+@lru_cache(maxsize=64)
 def schema(spec: TargetSpec, vocab_size: int, hidden_size: int) -> pa.Schema:
     """The Arrow schema of a payload. Its metadata says what the numbers mean, so a recording explains itself.
 

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.stream --json stream.json
 
-A request's answer is 0.25 to 16 MiB of top-64 targets (float16, V = 49,152) in messages of 4,096 positions. Sides, in turns
+A request's answer is 0.25 to 16 MiB of top-64 targets (float16, V = 49,152) in messages of 2 MiB. Sides, in turns
 over the same two processes, one thread each:
 
 - ``bare`` (the control): Flight sends record batches that are ready, the client reads them;
@@ -14,11 +14,11 @@ Rows with TLS: both sides over mutual TLS of a certificate authority made for th
 
 import argparse
 import json
+import os
 import queue
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from kdscale.config.schema import StreamSection
 from kdscale.spec import TargetSpec
 from kdscale.stream.client import FlightSource
 from kdscale.stream.directory import DirectoryServer
-from kdscale.stream.protocol import Access, Endpoint, Header, Meaning, connect
+from kdscale.stream.protocol import Access, Endpoint, Header, Meaning, connect, encode_rows
 from kdscale.stream.server import Answer, TargetServer
 from kdscale.targets.decode import decode
 from kdscale.targets.encode import encode
@@ -44,7 +44,7 @@ SPEC = TargetSpec("topk", 64)
 MEANING = Meaning("benchmark", "benchmark", VOCAB, WIDTH)
 TOKEN = "benchmark"
 COLUMNS = 1025
-MESSAGE = 4096
+MESSAGE = 8192
 SIZES_MIB = (0.25, 1.0, 4.0, 16.0)
 
 
@@ -66,8 +66,10 @@ class ReadyScorer:
     def submit(self, request: str, batch: TokenBatch | None, header: Header | None) -> "queue.SimpleQueue[Answer]":
         assert batch is not None
         tokens = batch.num_tokens
+        if tokens not in self._ready:
+            self._ready[tokens] = targets_of(tokens)
         answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        answers.put(self._ready.setdefault(tokens, targets_of(tokens)))
+        answers.put(self._ready[tokens])
         return answers
 
     def progress(self) -> int:
@@ -104,3 +106,93 @@ def rows_of(tokens: int) -> TokenBatch:
     predicts[:, -1] = False
     positions = np.repeat(np.arange(COLUMNS, dtype=np.int32)[None], rows, 0)
     return TokenBatch(0, np.zeros(shape, np.int32), np.ones(shape, np.int32), positions, predicts)
+
+
+def serve_until_told() -> None:
+    """The server process: both servers, their addresses on one line, until stdin closes."""
+    torch.set_num_threads(1)
+    bare, ours = BareServer(), TargetServer("127.0.0.1", TOKEN, MEANING, ReadyScorer())
+    print(json.dumps({"bare": f"127.0.0.1:{bare.port}", "kdscale": ours.address}), flush=True)
+    sys.stdin.read()
+
+
+def read_bare(client: fl.FlightClient, batch: TokenBatch) -> list[pa.RecordBatch]:
+    writer, reader = client.do_exchange(fl.FlightDescriptor.for_command(str(batch.num_tokens).encode()))
+    with writer:
+        rows = encode_rows(batch)
+        writer.begin(rows.schema)
+        writer.write_batch(rows)
+        writer.done_writing()
+        return [chunk.data for chunk in reader]
+
+
+def measure(addresses: dict[str, str], rounds: int) -> list[dict[str, Any]]:
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN)
+    directory.publish("one", [Endpoint("one", 0, 0, addresses["kdscale"])], MEANING)
+    source = FlightSource(Access(directory.address, TOKEN), MEANING, StreamSection(), "benchmark")
+    client = connect(addresses["bare"])
+    results = []
+    for mib in SIZES_MIB:
+        tokens = max(1, round(mib * 2**20 / row_bytes(SPEC, VOCAB, WIDTH) / (COLUMNS - 1))) * (COLUMNS - 1)
+        batch = rows_of(tokens)
+        bare, ours = read_bare(client, batch), source.fetch_batches(batch, SPEC)
+        if any(not a.equals(b) for a, b in zip(bare, ours, strict=True)):
+            raise SystemExit("the two streams differ")
+        seconds = alternate(
+            {
+                "bare": lambda batch=batch: read_bare(client, batch),
+                "kdscale": lambda batch=batch: source.fetch_batches(batch, SPEC),
+                "decode": lambda ours=ours: [decode(part, SPEC, VOCAB) for part in ours],
+            },
+            rounds,
+        )
+        size = sum(part.nbytes for part in ours)
+        medians = {name: statistics.median(values) for name, values in seconds.items()}
+        results.append(
+            {
+                "transport": "plain",
+                "mib": size / 2**20,
+                "tokens": tokens,
+                **{f"{name}_seconds": value for name, value in medians.items()},
+                **{f"{name}_spread": spread(values) for name, values in seconds.items()},
+                "kdscale_of_bare": medians["bare"] / medians["kdscale"],
+            }
+        )
+    directory.shutdown()
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve_until_told()
+        return
+    torch.set_num_threads(1)
+    command = [sys.executable, "-m", "tests.benchmarks.stream", "--serve"]
+    # What a rank on processors sets: large blocks are kept, not faulted in again for every message.
+    environment = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_ARENA_MAX": "1"}
+    server = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout is not None
+        results = measure(json.loads(server.stdout.readline()), arguments.rounds)
+    finally:
+        server.kill()
+        server.wait()
+    for one in results:
+        rate = one["mib"] / one["kdscale_seconds"]
+        print(
+            f"{one['transport']:6} {one['mib']:6.2f} MiB {one['tokens']:6} positions  kdscale {rate:6.0f} MiB/s"
+            f" ±{one['kdscale_spread']:.0%}  {one['kdscale_of_bare']:.2f}x bare  decode {one['decode_seconds'] * 1e3:.1f} ms"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"rows": results, "machine": machine()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -81,7 +81,7 @@ def test_topk_round_trip(size: tuple[int, int, int, int], temperature: float, en
     # Half a step on the grid of fourth roots is 2 / 255 of the fourth root's logarithm; float16 has 11 bits.
     allowed = {
         "float16": 4e-3 + 2**-11 * targets.logp_TK.abs(),
-        "uint8": 0.02 + 2.1 / (255 * (targets.logp_TK / 4).exp()),
+        "uint8": 0.04 + 2.3 / (255 * (targets.logp_TK / 4).exp()),
     }
     assert ((back.logp_TK - targets.logp_TK).abs() <= allowed[encoding]).all()
     torch.testing.assert_close(back.logp_TK.exp().sum(-1) + back.tail_logp_T.exp(), torch.ones(tokens))

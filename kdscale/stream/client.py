@@ -206,7 +206,8 @@ class FlightSource:
             self._watchdog.forget(watch)
 
     def _receive(self, reader: fl.FlightStreamReader, header: Header, watch: "_Watch") -> list[pa.RecordBatch]:
-        """The answer's record batches; each agrees with its schema, declared size and checksum, all with the last one's count and digest."""
+        """The answer's record batches: each agrees with its schema, declared size and checksum, all with the last one's count
+        and digest."""
         meaning = self._meaning
         schema = target_schema(header.spec, meaning.vocab_size, meaning.hidden_size)
         digest = xxhash.xxh3_128()

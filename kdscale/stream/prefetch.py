@@ -65,6 +65,12 @@ class Prefetcher:
         check_alignment(batch, targets)
         return Fetched(batch, targets, waited_s)
 
+    def settle(self) -> None:
+        """Refill the window and wait until nothing is in flight. Raises: what a fetch raised."""
+        self._fill()
+        for _, future in self._window:
+            future.result()
+
     def close(self) -> None:
         """Forget what is still in flight. Waits for no answer."""
         self._closed.set()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+_MARK = "turns: "
 
 
 def serve(work: Callable[[], dict[str, float]], owned_bytes: int = 0) -> None:
@@ -26,11 +27,16 @@ def serve(work: Callable[[], dict[str, float]], owned_bytes: int = 0) -> None:
     """
     figures = work()
     transient = _transient(work) - owned_bytes
-    print(json.dumps({"figures": figures, "transient_bytes": transient}), flush=True)
+    say(json.dumps({"figures": figures, "transient_bytes": transient}))
     for _ in sys.stdin:
         began = time.perf_counter()
         work()
-        print(time.perf_counter() - began, flush=True)
+        say(str(time.perf_counter() - began))
+
+
+def say(line: str) -> None:
+    """From a side to the benchmark; libraries print what they like beside it."""
+    print(f"{_MARK}{line}", flush=True)
 
 
 def _transient(work: Callable[[], Any]) -> int:
@@ -98,6 +104,11 @@ def compare(module: str, sides: list[Side], rounds: int) -> None:
                 seconds = float(_line(side, process))
                 if round_number:  # the first warms up
                     side.seconds.append(seconds)
+        for side, process in zip(sides, processes, strict=True):
+            assert process.stdin is not None
+            process.stdin.close()  # a side may have something to leave
+            if process.wait(timeout=120):
+                raise SystemExit(f"side {side.name} ended with {process.returncode}")
     finally:
         for process in processes:
             process.kill()
@@ -106,10 +117,10 @@ def compare(module: str, sides: list[Side], rounds: int) -> None:
 
 def _line(side: Side, process: "subprocess.Popen[str]") -> str:
     assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise SystemExit(f"side {side.name} ended with {process.wait()}")
-    return line
+    for line in process.stdout:
+        if line.startswith(_MARK):
+            return line.removeprefix(_MARK)
+    raise SystemExit(f"side {side.name} ended with {process.wait()}")
 
 
 def alternate(works: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

@@ -20,6 +20,7 @@ from kdscale.stream.protocol import Access, call, connect
 from tests.runs import (
     assert_nothing_left,
     finish,
+    marked,
     marked_running,
     run,
     start,
@@ -187,12 +188,14 @@ def test_served_teacher_over_tls(tmp_path: Path, teacher_dir: Path, text_dir: Pa
     replace(access, credentials=None).save(plain)
     assert run("train", str(config), "run.name=plain", "--teacher-endpoints", str(plain), log=log) == 1
     assert "plain.json holds no certificates" in log.read_text()
+    secrets = [access.token, "PRIVATE KEY", "BEGIN CERTIFICATE", *access.credentials.key_pem.splitlines()]
+    for process in marked():
+        shown = " ".join([*process.cmdline(), *process.environ().values()])
+        assert [secret for secret in secrets if secret in shown] == [], process.cmdline()[0]
     teacher.send_signal(signal.SIGTERM)
     assert finish(teacher, teacher_log, within_s=30) == 130
     assert not endpoints.exists()
     plain.unlink()
-    key = "".join(access.credentials.key_pem.splitlines()[1:-1])
-    secrets = [access.token, "PRIVATE KEY", "BEGIN CERTIFICATE", key, key[:64]]
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {log, teacher_log} <= set(written)
     for path in written:

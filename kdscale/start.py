@@ -13,11 +13,12 @@ from ray.util.placement_group import PlacementGroup
 
 from kdscale import supervise
 from kdscale.cluster.placement import cluster, require_memory, reserve
-from kdscale.config.schema import RunConfig
+from kdscale.cluster.security import Authority, needs_tls
+from kdscale.config.schema import RunConfig, StreamSection
 from kdscale.display import Display
 from kdscale.engine.checkpoint import Checkpoint
 from kdscale.engine.process import address_in
-from kdscale.errors import TeacherError
+from kdscale.errors import StreamError, TeacherError
 from kdscale.estimate import host_memory
 from kdscale.prepare import Prepared
 from kdscale.stream.directory import DirectoryServer, list_endpoints
@@ -51,15 +52,15 @@ class Job:
 class OwnTeacher:
     """A replica of this run's own, behind a directory of its own."""
 
-    def __init__(self, replica: TeacherReplica, endpoints: DirectoryServer, token: str) -> None:
+    def __init__(self, replica: TeacherReplica, endpoints: DirectoryServer, access: Access) -> None:
         self._replica = replica
         self._endpoints = endpoints
-        self._token = token
+        self._access = access
 
     def open(self) -> Access:
         """Wait until it serves. Raises: TeacherError."""
         self._replica.open(self._endpoints)
-        return Access(self._endpoints.address, self._token)
+        return self._access
 
     @property
     def serving(self) -> list[Any]:
@@ -76,15 +77,22 @@ class OwnTeacher:
 class ServedTeacher:
     """A teacher somebody else serves; its death shows in the stream, not here."""
 
-    def __init__(self, access_file: Path, prepared: Prepared) -> None:
+    def __init__(self, access_file: Path, stream: StreamSection, prepared: Prepared) -> None:
         self.serving: list[Any] = []
         self._access_file = access_file
+        self._stream = stream
         self._meaning = prepared.meaning
 
     def open(self) -> Access:
         """Ask its directory. Raises: TeacherError, IdentityError, StreamError."""
         access = Access.load(self._access_file)
-        endpoints, meaning = list_endpoints(access.directory, access.token)
+        if needs_tls(self._stream) and access.credentials is None:
+            raise StreamError(
+                f"{self._access_file} holds no certificates: that teacher listens plainly, but stream.tls ="
+                f" {self._stream.tls} with stream.network = {self._stream.network} asks for TLS; serve the teacher with"
+                " the same stream section"
+            )
+        endpoints, meaning = list_endpoints(access)
         if not endpoints or meaning is None:
             raise TeacherError(f"the directory at {access.directory} ({self._access_file}) knows no live endpoint")
         require_same_meaning(self._meaning, meaning)
@@ -136,24 +144,26 @@ def start_teacher(job: Job, prepared: Prepared, slots: Slots, stack: ExitStack) 
     """Let the teacher load, without waiting for the end of it."""
     config = job.config
     if job.teacher_endpoints is not None:
-        return ServedTeacher(job.teacher_endpoints, prepared)
+        return ServedTeacher(job.teacher_endpoints, config.stream, prepared)
     assert slots.teacher is not None
     job.display.phase("loading the teacher")
     token = secrets.token_hex(32)
+    credentials = Authority().issue() if needs_tls(config.stream) else None
     host, _ = address_in(config.stream.network)
-    endpoints = DirectoryServer(host, config.stream.directory_port, token)
+    endpoints = DirectoryServer(host, config.stream.directory_port, token, credentials)
     setup = ReplicaSetup(
         teacher=config.teacher,
         directory=str(prepared.teacher_directory.absolute()),
         meaning=prepared.meaning,
         network=config.stream.network,
         token=token,
+        credentials=credentials,
         deterministic=config.run.deterministic,
     )
     replica = TeacherReplica(setup, slots.teacher)
     stack.callback(replica.stop)
     replica.begin()
-    return OwnTeacher(replica, endpoints, token)
+    return OwnTeacher(replica, endpoints, Access(endpoints.address, token, credentials))
 
 
 def start_students(

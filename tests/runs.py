@@ -82,6 +82,14 @@ def wait_for_step(run_directory: Path, step: int, process: "subprocess.Popen[byt
         time.sleep(0.1)
 
 
+def wait_for_file(path: Path, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.is_file():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, f"{path} was not written:\n{log.read_text()}"
+        time.sleep(0.2)
+
+
 def marked() -> list[psutil.Process]:
     """Living processes of the runs these tests started."""
     ((name, value),) = OURS.items()

@@ -1,5 +1,6 @@
 """Every setting of a run. Bounds live in the field, rules between fields in the validators; nothing is adjusted."""
 
+import ipaddress
 import re
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,16 @@ def _safe_name(value: str) -> str:
     return value
 
 
+def _network(value: str) -> str:
+    try:
+        ipaddress.ip_network(value)
+    except ValueError as error:
+        raise ValueError(f"{value!r} must be a network in CIDR form, like 10.0.0.0/8: {error}") from None
+    return value
+
+
 SafeName = Annotated[str, AfterValidator(_safe_name)]
+Network = Annotated[str, AfterValidator(_network)]
 
 
 class RunSection(Section):
@@ -179,10 +189,12 @@ class StreamSection(Section):
     """A request without progress for this long is cancelled and retried elsewhere."""
     give_up_seconds: float = Field(120, gt=0)
     """When no endpoint has served a request for this long, the run ends."""
-    network: str = "127.0.0.0/8"
+    network: Network = "127.0.0.0/8"
     """Private network (CIDR) our listeners bind to; each node uses its address in it."""
     directory_port: int = Field(0, ge=0, le=65535)
     """Port of the endpoint directory; 0 picks a free one."""
+    tls: Literal["auto", "always"] = "auto"
+    """``auto``: teacher endpoints and directory use mutual TLS where ``network`` is not loopback; ``always``: there too."""
 
 
 class CheckpointSection(Section):

@@ -165,13 +165,13 @@ class FlightSource:
 
     def _refresh(self) -> None:
         try:
-            endpoints, _ = list_endpoints(self._access.directory, self._access.token)
+            endpoints, _ = list_endpoints(self._access)
         except StreamError as error:
             raise _Retry(str(error)) from error
         with self._lock:
             for endpoint in self._mine(endpoints):
                 if endpoint not in self._lines:
-                    self._lines[endpoint] = _Line(endpoint, connect(endpoint.address))
+                    self._lines[endpoint] = _Line(endpoint, connect(endpoint.address, self._access.credentials))
 
     def _mine(self, endpoints: list[Endpoint]) -> list[Endpoint]:
         """Rendezvous hashing: each student keeps a stable few, so connections don't grow as students x teachers."""

@@ -8,8 +8,9 @@ from dataclasses import asdict
 import pyarrow as pa
 import pyarrow.flight as fl
 
+from kdscale.credentials import Credentials
 from kdscale.errors import PlacementError, StreamError
-from kdscale.stream.protocol import Endpoint, Meaning, call, connect, open_message
+from kdscale.stream.protocol import Access, Endpoint, Meaning, call, connect, listening, open_message
 
 _CALL_SECONDS = 10.0
 
@@ -17,10 +18,10 @@ _CALL_SECONDS = 10.0
 class DirectoryServer(fl.FlightServerBase):
     """Serves the endpoint list; only the process that made it changes the list."""
 
-    def __init__(self, host: str, port: int, token: str) -> None:
-        """Raises: PlacementError when the port is taken."""
+    def __init__(self, host: str, port: int, token: str, credentials: Credentials | None = None) -> None:
+        """Plain without ``credentials``. Raises: PlacementError when that would be off loopback, or the port is taken."""
         try:
-            super().__init__(f"grpc+tcp://{host}:{port}")
+            super().__init__(**listening(host, port, credentials))
         except (OSError, pa.ArrowException) as error:
             raise PlacementError(
                 f"the endpoint directory cannot listen on {host}:{port}: {error}; free the port or set"
@@ -55,12 +56,17 @@ class DirectoryServer(fl.FlightServerBase):
         yield fl.Result(json.dumps({"endpoints": endpoints, "meaning": meaning}).encode())
 
 
-def list_endpoints(address: str, token: str) -> tuple[list[Endpoint], Meaning | None]:
-    """Ask the directory. Raises: StreamError when it does not answer."""
+def list_endpoints(access: Access) -> tuple[list[Endpoint], Meaning | None]:
+    """Ask the directory. Raises: StreamError when it does not answer, or one of both sides refuses the other."""
     try:
-        with connect(address) as client:
-            answer = call(client, "endpoints", token, _CALL_SECONDS)
+        with connect(access.directory, access.credentials) as client:
+            answer = call(client, "endpoints", access.token, _CALL_SECONDS)
     except fl.FlightError as error:
-        raise StreamError(f"the endpoint directory at {address} does not answer: {error}") from error
+        # Who is refused in a TLS handshake sees a closed socket or an unknown issuer, and can't tell which it was.
+        raise StreamError(
+            f"the endpoint directory at {access.directory} does not answer"
+            f" {'over TLS' if access.credentials else 'a plain connection'}; if it runs, the token or the certificates"
+            f" are another run's or too old: take the access file of the teacher that serves now: {error}"
+        ) from error
     meaning = Meaning(**answer["meaning"]) if answer["meaning"] else None
     return [Endpoint(**fields) for fields in answer["endpoints"]], meaning

@@ -1,6 +1,7 @@
 """What client and server say to each other: headers, metadata, endpoints. JSON, never pickle."""
 
 import hmac
+import ipaddress
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -12,7 +13,8 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from kdscale.batch import TokenBatch
-from kdscale.errors import IdentityError, PayloadError, StreamError
+from kdscale.credentials import RUN_NAME, Credentials
+from kdscale.errors import IdentityError, PayloadError, PlacementError, StreamError
 from kdscale.spec import TargetSpec
 from kdscale.targets import arrow
 
@@ -44,11 +46,13 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Access:
-    """Where the endpoint directory listens, and the secret that opens it and the endpoints."""
+    """Where the endpoint directory listens, and the secrets that open it and the endpoints."""
 
     directory: str
     """``host:port``."""
     token: str
+    credentials: Credentials | None = None
+    """With which every connection is made; none: directory and endpoints listen plainly, on loopback."""
 
     def save(self, path: Path) -> None:
         """Write for runs elsewhere; readable by this user alone."""
@@ -61,12 +65,14 @@ class Access:
     def load(path: Path) -> "Access":
         """Raises: StreamError when the file is missing or not an access file."""
         try:
-            return Access(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            fields = json.loads(path.read_text())
+            credentials = fields.pop("credentials", None)
+            return Access(**fields, credentials=Credentials(**credentials) if credentials else None)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise StreamError(f"{path} is no access file of a served teacher: {error}") from error
 
     def __repr__(self) -> str:
-        return f"Access(directory={self.directory!r}, token=...)"
+        return f"Access(directory={self.directory!r}, token=..., tls={self.credentials is not None})"
 
 
 @dataclass(frozen=True)
@@ -171,11 +177,55 @@ def decode_rows(batch: pa.RecordBatch, header: Header, vocab_size: int) -> Token
     )
 
 
-# ---- calling a server ----
+# ---- listening, and calling a server ----
 
 
-def connect(address: str) -> fl.FlightClient:
-    return fl.connect(f"grpc+tcp://{address}")
+def listening(host: str, port: int, credentials: Credentials | None) -> dict[str, Any]:
+    """The arguments with which a Flight server listens; with ``credentials`` it takes clients of its run alone.
+
+    Raises: PlacementError for a plain listener off loopback.
+    """
+    if credentials is None:
+        if not _is_loopback(host):
+            raise PlacementError(
+                f"a listener on {host} has no credentials, and only one on loopback may be plain; hand it those of the"
+                " run, or set stream.network to 127.0.0.0/8"
+            )
+        return {"location": f"grpc+tcp://{host}:{port}"}
+    return {
+        "location": f"grpc+tls://{host}:{port}",
+        "tls_certificates": [(credentials.certificate_pem, credentials.key_pem)],
+        "verify_client": True,
+        "root_certificates": credentials.authority_pem,
+    }
+
+
+def connect(address: str, credentials: Credentials | None = None) -> fl.FlightClient:
+    """A client of the server at ``address``; the connection itself is made by its first call.
+
+    Raises: StreamError when a plain connection would leave loopback.
+    """
+    if credentials is None:
+        if not _is_loopback(address.rpartition(":")[0]):
+            raise StreamError(
+                f"no credentials for {address}, and off loopback the token may not travel plainly; take the access file"
+                " that `kdscale teacher` has written"
+            )
+        return fl.connect(f"grpc+tcp://{address}")
+    return fl.connect(
+        f"grpc+tls://{address}",
+        tls_root_certs=credentials.authority_pem,
+        cert_chain=credentials.certificate_pem,
+        private_key=credentials.key_pem,
+        override_hostname=RUN_NAME,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def call(client: fl.FlightClient, action: str, token: str, timeout_s: float, **fields: Any) -> dict[str, Any]:

@@ -15,9 +15,10 @@ import torch
 import xxhash
 
 from kdscale.batch import SoftTargets, TokenBatch
+from kdscale.credentials import Credentials
 from kdscale.errors import IdentityError, KdscaleError, PayloadError, StreamError
 from kdscale.head import Head, HeadSpec
-from kdscale.stream.protocol import Header, Meaning, decode_rows, open_message, require_same_meaning
+from kdscale.stream.protocol import Header, Meaning, decode_rows, listening, open_message, require_same_meaning
 from kdscale.targets import arrow
 from kdscale.targets.encode import encode
 from kdscale.targets.layout import schema as target_schema
@@ -50,8 +51,11 @@ class Scorer(Protocol):
 class TargetServer(fl.FlightServerBase):
     """Serves one rank's ``Scorer`` on ``host`` at a free port."""
 
-    def __init__(self, host: str, token: str, meaning: Meaning, scorer: Scorer) -> None:
-        super().__init__(f"grpc+tcp://{host}:0")
+    def __init__(
+        self, host: str, token: str, meaning: Meaning, scorer: Scorer, credentials: Credentials | None = None
+    ) -> None:
+        """Plain without ``credentials``. Raises: PlacementError when that would be off loopback."""
+        super().__init__(**listening(host, 0, credentials))
         self.address = f"{host}:{self.port}"
         self._token = token
         self._meaning = meaning

@@ -8,6 +8,7 @@ from typing import Any
 
 from kdscale import log
 from kdscale.config.schema import TeacherSection
+from kdscale.credentials import Credentials
 from kdscale.stream.protocol import Meaning
 
 
@@ -21,10 +22,12 @@ class ReplicaSetup:
     meaning: Meaning
     network: str
     token: str
+    credentials: Credentials | None
+    """Of the ranks' endpoints; none: they listen plainly, on loopback."""
     deterministic: bool
 
     def __repr__(self) -> str:
-        return f"ReplicaSetup(directory={self.directory!r}, token=...)"
+        return f"ReplicaSetup(directory={self.directory!r}, token=..., tls={self.credentials is not None})"
 
 
 class TeacherRank:
@@ -88,7 +91,7 @@ class TeacherRank:
         lockstep = LockstepClient(sequencer, setup.token, self._member.rank)
         self._scorer = RankScorer(self._member.rank, self._model, lockstep, self._facts)
         host, _ = process.address_in(setup.network)
-        self._server = TargetServer(host, setup.token, setup.meaning, self._scorer)
+        self._server = TargetServer(host, setup.token, setup.meaning, self._scorer, setup.credentials)
         return self._server.address
 
     def serve(self) -> dict[str, Any]:

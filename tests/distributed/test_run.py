@@ -4,15 +4,31 @@ import json
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pyarrow.flight import FlightUnavailableError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdscale.engine.checkpoint import newest
-from tests.runs import assert_nothing_left, finish, marked_running, run, start, steps, wait_for_step, write_config
+from kdscale.errors import StreamError
+from kdscale.stream.directory import list_endpoints
+from kdscale.stream.protocol import Access, call, connect
+from tests.runs import (
+    assert_nothing_left,
+    finish,
+    marked,
+    marked_running,
+    run,
+    start,
+    steps,
+    wait_for_file,
+    wait_for_step,
+    write_config,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -133,11 +149,7 @@ def test_served_teacher(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     config = write_config(tmp_path, teacher_dir, text_dir)
     endpoints, log, teacher_log = tmp_path / "teacher.json", tmp_path / "log", tmp_path / "teacher.log"
     teacher = start("teacher", str(config), "--write", str(endpoints), log=teacher_log)
-    deadline = time.monotonic() + 120
-    while not endpoints.is_file():
-        assert teacher.poll() is None, teacher_log.read_text()
-        assert time.monotonic() < deadline, teacher_log.read_text()
-        time.sleep(0.2)
+    wait_for_file(endpoints, teacher, teacher_log)
     assert run("train", str(config), "--teacher-endpoints", str(endpoints), log=log) == 0, log.read_text()
     summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
     assert summary["teacher_ranks"] == 2
@@ -150,4 +162,43 @@ def test_served_teacher(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     teacher.send_signal(signal.SIGTERM)
     assert finish(teacher, teacher_log, within_s=30) == 130
     assert not endpoints.exists()
+    assert_nothing_left()
+
+
+def test_served_teacher_over_tls(tmp_path: Path, teacher_dir: Path, text_dir: Path):
+    """The access file alone holds the secrets; who lacks its certificates gets nothing, and a plain teacher is refused."""
+    config = write_config(
+        tmp_path, teacher_dir, text_dir, train={"steps": 4}, stream={"tls": "always", "give_up_seconds": 20}
+    )
+    endpoints, log, teacher_log = tmp_path / "teacher.json", tmp_path / "log", tmp_path / "teacher.log"
+    teacher = start("teacher", str(config), "--write", str(endpoints), log=teacher_log)
+    wait_for_file(endpoints, teacher, teacher_log)
+    access = Access.load(endpoints)
+    assert access.credentials is not None
+    with pytest.raises(StreamError, match="does not answer a plain connection"):
+        list_endpoints(replace(access, credentials=None))
+    served, _ = list_endpoints(access)
+    for endpoint in served:
+        with connect(endpoint.address) as client, pytest.raises(FlightUnavailableError):
+            call(client, "stats", access.token, 10)
+    assert run("train", str(config), "--teacher-endpoints", str(endpoints), log=log) == 0, log.read_text()
+    assert steps(tmp_path / "runs" / "tiny") == [1, 2, 3, 4]
+
+    plain = tmp_path / "plain.json"
+    replace(access, credentials=None).save(plain)
+    assert run("train", str(config), "run.name=plain", "--teacher-endpoints", str(plain), log=log) == 1
+    assert "plain.json holds no certificates" in log.read_text()
+    secrets = [access.token, "PRIVATE KEY", "BEGIN CERTIFICATE", *access.credentials.key_pem.splitlines()]
+    for process in marked():
+        shown = " ".join([*process.cmdline(), *process.environ().values()])
+        assert [secret for secret in secrets if secret in shown] == [], process.cmdline()[0]
+    teacher.send_signal(signal.SIGTERM)
+    assert finish(teacher, teacher_log, within_s=30) == 130
+    assert not endpoints.exists()
+    plain.unlink()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {log, teacher_log} <= set(written)
+    for path in written:
+        content = path.read_bytes()
+        assert [secret for secret in secrets if secret.encode() in content] == [], path
     assert_nothing_left()

@@ -1,9 +1,11 @@
 """Real Flight servers over a real tiny teacher, one rank, no Ray."""
 
+import datetime
 import queue
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from kdscale.batch import DenseTargets, HiddenTargets, SampledTargets, TokenBatch, TopkTargets
+from kdscale.cluster.security import Authority
 from kdscale.config.schema import StreamSection
 from kdscale.data.tokenizer import load_tokenizer
 from kdscale.engine.settings import teacher_settings
@@ -23,7 +26,7 @@ from kdscale.spec import TargetSpec
 from kdscale.stream.client import FlightSource
 from kdscale.stream.directory import DirectoryServer, list_endpoints
 from kdscale.stream.prefetch import Prefetcher, check_alignment
-from kdscale.stream.protocol import Access, Endpoint, Meaning, connect
+from kdscale.stream.protocol import Access, Endpoint, Meaning, call, connect
 from kdscale.stream.server import TargetServer
 from kdscale.teacher.lockstep import LockstepClient, LockstepServer
 from kdscale.teacher.model import Score, TeacherModel
@@ -196,7 +199,7 @@ def test_tokens_outside_the_vocabulary_are_refused(teacher: Teacher):
 
 def test_another_token_opens_nothing(teacher: Teacher):
     with pytest.raises(StreamError, match="does not answer"):
-        list_endpoints(teacher.directory.address, "a guess")
+        list_endpoints(Access(teacher.directory.address, "a guess"))
     with connect(teacher.server.address) as client, pytest.raises(fl.FlightUnauthenticatedError, match="another run"):
         list(client.do_action(fl.Action("stats", b'{"protocol": 1, "token": "a guess"}')))
     with connect(teacher.server.address) as client, pytest.raises(fl.FlightUnauthenticatedError, match="malformed"):
@@ -250,6 +253,60 @@ def test_endpoint_without_progress_is_given_up(teacher: Teacher):
     with pytest.raises(StreamError, match="no progress for 3 s"):
         source.fetch(batch(), TOPK)
     assert 2.5 < time.monotonic() - start < 15
+    directory.shutdown()
+    server.shutdown()
+
+
+class Held:
+    """A real scorer whose answers come when they are let go."""
+
+    def __init__(self, scorer: RankScorer) -> None:
+        self._scorer = scorer
+        self.asked = threading.Semaphore(0)
+        self.let_go = threading.Event()
+
+    def submit(self, request: str, rows: Any, header: Any) -> "queue.SimpleQueue[Any]":
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def answer() -> None:
+            self.let_go.wait()
+            answers.put(self._scorer.submit(request, rows, header).get())
+
+        threading.Thread(target=answer).start()
+        self.asked.release()
+        return answers
+
+    def progress(self) -> int:
+        return self._scorer.progress()
+
+    def stats(self) -> dict[str, Any]:
+        return self._scorer.stats()
+
+
+def test_round_trip_over_tls_is_not_disturbed_by_strangers(teacher: Teacher):
+    """The same numbers as over a plain connection, while others are turned away from the same listener."""
+    authority, stranger = Authority(), Authority().issue()
+    held = Held(teacher.scorer)
+    server = TargetServer("127.0.0.1", TOKEN, teacher.meaning, held, authority.issue())
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN, authority.issue())
+    directory.publish("replica-0", [Endpoint("replica-0", 0, 0, server.address)], teacher.meaning)
+    access, rows = Access(directory.address, TOKEN, authority.issue()), batch()
+    # No time to try again: the exchange that is open while strangers knock must be the one that answers.
+    source = FlightSource(access, teacher.meaning, StreamSection(give_up_seconds=0.001), "test")
+    with ThreadPoolExecutor(1) as beside:
+        served = beside.submit(source.fetch, rows, TOPK)
+        assert held.asked.acquire(timeout=10)
+        for credentials in (None, stranger, authority.issue(datetime.timedelta(minutes=-1))) * 3:
+            with connect(server.address, credentials) as client, pytest.raises(fl.FlightUnavailableError):
+                call(client, "stats", TOKEN, 10)
+        with connect(server.address, access.credentials) as client, pytest.raises(fl.FlightUnauthenticatedError):
+            call(client, "stats", "a guess", 10)
+        held.let_go.set()
+        for ours, plain in zip(served.result(30).tensors(), teacher.source().fetch(rows, TOPK).tensors(), strict=True):
+            assert torch.equal(ours, plain)
+    assert not held.asked.acquire(blocking=False), "asked once"
+    assert source.teacher_stats()[0]["forwards"] > 0
+    source.close()
     directory.shutdown()
     server.shutdown()
 

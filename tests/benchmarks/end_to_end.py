@@ -35,7 +35,8 @@ import torch
 from tests.benchmarks.turns import ROOT, Side, compare, machine, say, serve
 
 CONFIG = "configs/quickstart.yaml"
-BLOCK, ROUNDS, RATE = 1, 2, 5e-4
+BLOCK, ROUNDS, RATE = 3, 7, 5e-4
+"""Steps of a round, rounds, learning rate."""
 STEPS = BLOCK * (ROUNDS + 3)
 OVERRIDES = [
     *(f"train.steps={STEPS}", "train.batch_rows=4", "train.micro_rows=2", f"train.lr={RATE}", "train.warmup_steps=0"),
@@ -60,6 +61,8 @@ def leave(work: Path, name: str, save: Callable[[Path], None]) -> None:
 
 
 def kdscale(name: str, work: Path) -> None:
+    """``live`` and ``ready``; for the benchmark of the overlap also ``student`` (ready, with one thread) and ``teacher`` (which
+    only fetches)."""
     from kdscale.batch import SoftTargets, TokenBatch
     from kdscale.config import load_config
     from kdscale.data.loader import Loader
@@ -77,11 +80,11 @@ def kdscale(name: str, work: Path) -> None:
     from kdscale.student.module import StudentModule
     from kdscale.student.step import DataParallelStep, MicroBatch
 
-    live = name == "live"
+    served, threads = name in ("live", "teacher"), 2 if name == "ready" else 1
     config = load_config(CONFIG, OVERRIDES)
     device = process.Member(0, 1)
     joined = device.join(device.open_store("127.0.0.0/8"), "127.0.0.0/8", 60.0, 0)
-    process.set_threads(1 if live else 2, deterministic=False)
+    process.set_threads(threads, deterministic=False)
     process.set_seed(config.run.seed)
     prepared = prepare(config)
     model = build_student(config.student, prepared.teacher_directory, torch.bfloat16)
@@ -105,7 +108,7 @@ def kdscale(name: str, work: Path) -> None:
             for micro in range(cut.micro_steps):
                 yield loader.batch(number).cut(cut.rows_of(0, micro)), config.target_spec(number)
 
-    access = Access.load(work / "teacher.json") if live else None
+    access = Access.load(work / "teacher.json") if served else None
     source = FlightSource(access, prepared.meaning, config.stream, "benchmark") if access else Ready()
     prefetcher = Prefetcher(source, requests(), config.stream.in_flight)
     numbers = iter(range(STEPS))
@@ -113,6 +116,10 @@ def kdscale(name: str, work: Path) -> None:
     def block() -> dict[str, float]:
         for _ in range(BLOCK):
             number = next(numbers)
+            if name == "teacher":
+                for _ in range(cut.micro_steps):
+                    prefetcher.next()
+                continue
             fetched = (prefetcher.next() for _ in range(cut.micro_steps))
             micro = (MicroBatch(one.batch, one.targets, one.waited_s) for one in fetched)
             result = step.train(micro, objective_at(config.loss, number, STEPS), loader.batch(number).num_tokens, RATE)
@@ -341,7 +348,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.side:
-        {"live": kdscale, "ready": kdscale, "plain": plain}.get(arguments.side, trl)(arguments.side, arguments.work)
+        {"plain": plain, "trl": trl, "trl-liger": trl}.get(arguments.side, kdscale)(arguments.side, arguments.work)
         return
     with tempfile.TemporaryDirectory(prefix="kdscale-benchmark-") as temporary:
         work = Path(temporary)
@@ -355,7 +362,7 @@ def main() -> None:
             compare("tests.benchmarks.end_to_end", sides, ROUNDS)
         finally:
             teacher.send_signal(signal.SIGTERM)
-            teacher.wait()
+            teacher.wait(timeout=60)
         rows = report(work, sides, heldout)
         if arguments.json:
             arguments.json.write_text(json.dumps({"rows": rows, "machine": machine()}, indent=1) + "\n")

@@ -19,6 +19,7 @@ import queue
 import statistics
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ import pyarrow.flight as fl
 import torch
 
 from kdscale.batch import TokenBatch, TopkTargets
+from kdscale.cluster.security import Authority
 from kdscale.config.schema import StreamSection
+from kdscale.credentials import Credentials
 from kdscale.spec import TargetSpec
 from kdscale.stream.client import FlightSource
 from kdscale.stream.directory import DirectoryServer
-from kdscale.stream.protocol import Access, Endpoint, Header, Meaning, connect, encode_rows
+from kdscale.stream.protocol import Access, Endpoint, Header, Meaning, connect, encode_rows, listening
 from kdscale.stream.server import Answer, TargetServer
 from kdscale.targets.decode import decode
 from kdscale.targets.encode import encode
@@ -82,8 +85,8 @@ class ReadyScorer:
 class BareServer(fl.FlightServerBase):
     """Sends batches that lie ready; the command is how many positions."""
 
-    def __init__(self, **tls: Any) -> None:
-        super().__init__("grpc+tls://127.0.0.1:0" if tls else "grpc+tcp://127.0.0.1:0", **tls)
+    def __init__(self, credentials: Credentials | None) -> None:
+        super().__init__(**listening("127.0.0.1", 0, credentials))
         self._ready: dict[int, list[pa.RecordBatch]] = {}
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
@@ -109,10 +112,17 @@ def rows_of(tokens: int) -> TokenBatch:
 
 
 def serve_until_told() -> None:
-    """The server process: both servers, their addresses on one line, until stdin closes."""
+    """The server process: both servers, plain and over TLS, and how to reach them on one line; until stdin closes."""
     torch.set_num_threads(1)
-    bare, ours = BareServer(), TargetServer("127.0.0.1", TOKEN, MEANING, ReadyScorer())
-    print(json.dumps({"bare": f"127.0.0.1:{bare.port}", "kdscale": ours.address}), flush=True)
+    authority = Authority()
+    servers: list[fl.FlightServerBase] = []
+    for credentials in (None, authority.issue()):
+        servers += [
+            BareServer(credentials),
+            TargetServer("127.0.0.1", TOKEN, MEANING, ReadyScorer(), credentials),
+        ]
+    ports = [server.port for server in servers]
+    print(json.dumps({"ports": ports, "credentials": asdict(authority.issue())}), flush=True)
     sys.stdin.read()
 
 
@@ -126,11 +136,12 @@ def read_bare(client: fl.FlightClient, batch: TokenBatch) -> list[pa.RecordBatch
         return [chunk.data for chunk in reader]
 
 
-def measure(addresses: dict[str, str], rounds: int) -> list[dict[str, Any]]:
-    directory = DirectoryServer("127.0.0.1", 0, TOKEN)
-    directory.publish("one", [Endpoint("one", 0, 0, addresses["kdscale"])], MEANING)
-    source = FlightSource(Access(directory.address, TOKEN), MEANING, StreamSection(), "benchmark")
-    client = connect(addresses["bare"])
+def measure(ports: list[int], credentials: Credentials | None, rounds: int) -> list[dict[str, Any]]:
+    bare_address, our_address = (f"127.0.0.1:{port}" for port in ports)
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN, credentials)
+    directory.publish("one", [Endpoint("one", 0, 0, our_address)], MEANING)
+    source = FlightSource(Access(directory.address, TOKEN, credentials), MEANING, StreamSection(), "benchmark")
+    client = connect(bare_address, credentials)
     results = []
     for mib in SIZES_MIB:
         tokens = max(1, round(mib * 2**20 / row_bytes(SPEC, VOCAB, WIDTH) / (COLUMNS - 1))) * (COLUMNS - 1)
@@ -150,7 +161,7 @@ def measure(addresses: dict[str, str], rounds: int) -> list[dict[str, Any]]:
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         results.append(
             {
-                "transport": "plain",
+                "transport": "TLS" if credentials else "plain",
                 "mib": size / 2**20,
                 "tokens": tokens,
                 **{f"{name}_seconds": value for name, value in medians.items()},
@@ -180,7 +191,9 @@ def main() -> None:
     )
     try:
         assert server.stdout is not None
-        results = measure(json.loads(server.stdout.readline()), arguments.rounds)
+        told = json.loads(server.stdout.readline())
+        results = measure(told["ports"][:2], None, arguments.rounds)
+        results += measure(told["ports"][2:], Credentials(**told["credentials"]), arguments.rounds)
     finally:
         server.kill()
         server.wait()

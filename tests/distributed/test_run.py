@@ -18,6 +18,7 @@ from kdscale.errors import StreamError
 from kdscale.stream.directory import list_endpoints
 from kdscale.stream.protocol import Access, call, connect
 from tests.runs import (
+    KDSCALE,
     assert_nothing_left,
     finish,
     marked,
@@ -108,9 +109,7 @@ def test_interrupted_and_killed_runs_go_on(tmp_path: Path, teacher_dir: Path, te
 
     process = start("train", str(config), log=log)
     wait_for_step(directory, 30, process, log)
-    second = subprocess.run(
-        ["python", "-m", "kdscale.cli", "train", str(config)], capture_output=True, text=True, timeout=60, check=False
-    )
+    second = subprocess.run([*KDSCALE, "train", str(config)], capture_output=True, text=True, timeout=60, check=False)
     assert second.returncode == 1
     assert "another process works on" in second.stderr
     process.send_signal(signal.SIGINT)

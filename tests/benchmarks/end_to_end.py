@@ -299,24 +299,28 @@ def make_inputs(work: Path) -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def heldout_kl(work: Path, name: str, rows: dict[str, np.ndarray]) -> float:
-    """KL(teacher || student) in nats per token over the whole vocabulary, by plain transformers in float32."""
+def heldout_kl(work: Path, names: list[str], rows: dict[str, np.ndarray]) -> dict[str, float]:
+    """KL(teacher || student) in nats per token over the whole vocabulary, by plain transformers in bfloat16."""
     from transformers import AutoModelForCausalLM
 
-    teacher, student = (
-        AutoModelForCausalLM.from_pretrained(work / which, dtype=torch.float32).eval() for which in ("teacher", name)
-    )
-    total = count = 0.0
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(work / name, dtype=torch.bfloat16).eval()
+        for name in ("teacher", *names)
+    }
+    total, count = dict.fromkeys(names, 0.0), 0
     for row in range(len(rows["ids"])):
         ids, positions = (torch.from_numpy(rows[key][row : row + 1]).long() for key in ("ids", "positions"))
         here = torch.from_numpy(rows["predicts"][row])
-        logp, logq = (
-            torch.log_softmax(model(input_ids=ids, position_ids=positions, use_cache=False).logits[0][here], -1)
-            for model in (teacher, student)
-        )
-        total += float((logp.exp() * (logp - logq)).sum())
+
+        def logp(name: str, ids=ids, positions=positions, here=here) -> torch.Tensor:
+            logits = models[name](input_ids=ids, position_ids=positions, use_cache=False).logits[0][here]
+            return torch.log_softmax(logits.float(), -1)
+
+        theirs = logp("teacher")
+        for name in names:
+            total[name] += float((theirs.exp() * (theirs - logp(name))).sum())
         count += int(here.sum())
-    return total / count
+    return {name: value / count for name, value in total.items()}
 
 
 def served_teacher(work: Path) -> subprocess.Popen[str]:
@@ -372,11 +376,11 @@ def report(work: Path, sides: list[Side], heldout: dict[str, np.ndarray]) -> lis
     predicts = batches(work)["predicts"]
     # Two blocks set a side up, one warms it up with the others.
     tokens = float(predicts[3 * BLOCK :].sum()) / ROUNDS
-    rows = []
+    rows, kl = [], heldout_kl(work, [side.name for side in sides], heldout)
     for side in sides:
         peak = json.loads((work / f"{side.name}.json").read_text())["peak_memory_bytes"]
         row = side.as_dict() | {"tokens_per_second": tokens / side.median, "peak_memory_bytes": peak}
-        row["heldout_kl"] = heldout_kl(work, side.name, heldout)
+        row["heldout_kl"] = kl[side.name]
         rows.append(row)
     by_name = {row["name"]: row for row in rows}
     control = by_name.get("trl", by_name["plain"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.flight as fl
 import pytest
 import torch
@@ -23,11 +24,13 @@ from kdscale.engine.settings import teacher_settings
 from kdscale.engine.sharding import InferenceModel
 from kdscale.errors import CoverageError, IdentityError, StreamError
 from kdscale.spec import TargetSpec
-from kdscale.stream.client import FlightSource
+from kdscale.stream import server
+from kdscale.stream.client import FlightSource, Received
 from kdscale.stream.directory import DirectoryServer, list_endpoints
 from kdscale.stream.prefetch import Prefetcher, check_alignment
 from kdscale.stream.protocol import Access, Endpoint, Meaning, call, connect
 from kdscale.stream.server import TargetServer
+from kdscale.targets.decode import decode
 from kdscale.teacher.lockstep import LockstepClient, LockstepServer
 from kdscale.teacher.model import Score, TeacherModel
 from kdscale.teacher.rank import RankScorer
@@ -155,6 +158,35 @@ def test_many_requests_come_back_in_order(teacher: Teacher):
         prefetcher.next()
     prefetcher.close()
     assert source.received["topk"].tokens == sum(one.num_tokens for one in batches)
+
+
+def test_batches_are_given_as_they_travelled(teacher: Teacher):
+    """The same bytes again, and decoded the same targets; an answer in several parts says on the last how much it was."""
+    rows, source = batch(rows=5), teacher.source()
+    whole = source.fetch(rows, TOPK)
+    parts = source.fetch_batches(rows, TOPK)
+    vocab = teacher.meaning.vocab_size
+    for ours, expected in zip(decode(parts[0], TOPK, vocab).tensors(), whole.tensors(), strict=True):
+        assert torch.equal(ours, expected)
+    assert source.received["topk"] == Received(sum(part.nbytes for part in parts), len(whole))
+
+
+def test_answers_in_several_parts(teacher: Teacher, monkeypatch: pytest.MonkeyPatch):
+    rows, source = batch(rows=5), teacher.source()
+    whole = source.fetch_batches(rows, TOPK)
+    monkeypatch.setattr(server, "_PART_BYTES", 600)
+    parts = source.fetch_batches(rows, TOPK)
+    assert len(parts) > len(whole) == 1
+    assert pa.Table.from_batches(parts).combine_chunks() == pa.Table.from_batches(whole).combine_chunks()
+
+
+def test_settling_waits_for_the_whole_window(teacher: Teacher):
+    batches, source = [batch(seed=seed) for seed in range(5)], teacher.source()
+    prefetcher = Prefetcher(source, ((one, TOPK) for one in batches), in_flight=4)
+    prefetcher.next()
+    prefetcher.settle()
+    assert source.received["topk"].tokens == sum(one.num_tokens for one in batches)
+    prefetcher.close()
 
 
 def test_window_bounds_what_is_asked_for(teacher: Teacher):

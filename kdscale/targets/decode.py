@@ -131,7 +131,7 @@ def _decode_sampled(batch: pa.RecordBatch, labels_T: torch.Tensor, spec: TargetS
     count_T, kept_T, index_K = torch.from_numpy(count), torch.from_numpy(kept), torch.arange(ids.shape[1])
     own = index_K < kept_T[:, None]
     if spec.sampler == "replacement":
-        weight = torch.from_numpy(raw.astype(np.float32)) / spec.k
+        weight = torch.from_numpy(raw.astype(np.float32)) / k
         _refuse_mass(weight.sum(-1))
     else:
         weight = torch.where(own, _values(raw, spec).exp_(), 0.0)

@@ -66,7 +66,7 @@ def _sorted(targets: TopkTargets, vocab_size: int) -> list[np.ndarray]:
 def _samples(targets: SampledTargets, spec: TargetSpec, vocab_size: int) -> list[Column]:
     """Rows of the ids used, and of the weights that are an entry's own."""
     if spec.sampler == "replacement":
-        values = (targets.weight_TK * spec.k).round().numpy().astype(np.uint16)
+        values = (targets.weight_TK * min(spec.k, vocab_size)).round().numpy().astype(np.uint16)
     else:
         values = _values(targets.weight_TK.clamp(torch.finfo(torch.float32).tiny, 1.0).log(), spec)
     count, kept = targets.count_T.numpy().astype(np.int64), targets.kept_T.numpy().astype(np.int64)

@@ -59,10 +59,12 @@ class Pipeline:
         self._topology = topology
         modules = [*in_sequence(model), head]
         weight = head.get_parameter(head_weight)
-        tied = weight is model.get_input_embeddings().weight
+        # A frozen weight has no gradient to sum, and is the same on both stages for good.
+        tied = weight is model.get_input_embeddings().weight and weight.requires_grad
         specs: list[LayerSpec] = [_Ready(module) for module in modules]
         if tied:
-            # Only these modules' own weights: DeepSpeed counts every parameter of a tied module once over the stages.
+            # Of a tied module, DeepSpeed leaves every parameter on the later stage out of the gradient's norm, so the head is
+            # one of its own, without the last norm.
             specs[0], specs[-1] = _ReadyTied(modules[0], "tokens.weight"), _ReadyTied(head, head_weight)
         # It prints the partition, from rank 0.
         with redirect_stdout(io.StringIO()):

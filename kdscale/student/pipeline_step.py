@@ -46,7 +46,7 @@ class PipelineHead(nn.Module):
         super().__init__()
         self.head = head
         self._expected: deque[tuple[torch.Tensor, Lesson | None]] = deque()
-        self._sums = torch.zeros(1 + len(STATS), dtype=torch.float64)
+        self._stats: list[torch.Tensor] = []
         self._hidden: list[torch.Tensor] = []
 
     def expect(self, trained_T: torch.Tensor, lesson: Lesson | None) -> None:
@@ -64,13 +64,13 @@ class PipelineHead(nn.Module):
             return hidden_TD.new_zeros(())
         self.head.expect(lesson.objective, lesson.targets)
         loss, stats = self.head(hidden_TD, lesson.labels_T)
-        self._sums += torch.cat([loss.detach().reshape(1), stats]).double().cpu()
+        self._stats.append(torch.cat([loss.detach().reshape(1), stats]).double())
         return loss * lesson.factor
 
-    def take_sums(self) -> torch.Tensor:
-        """Loss and statistics since the last call, float64 [1 + S]."""
-        sums, self._sums = self._sums, torch.zeros_like(self._sums)
-        return sums
+    def take_sums(self, device: torch.device) -> torch.Tensor:
+        """Loss and statistics since the last call, float64 [1 + S]; zeros where this stage is not the last."""
+        stats, self._stats = self._stats, []
+        return sum(stats, torch.zeros(1 + len(STATS), dtype=torch.float64, device=device))
 
     def take_hidden(self) -> list[torch.Tensor]:
         """Hidden states [T, D] of the micro-batches without a lesson since the last call."""
@@ -103,7 +103,7 @@ class PipelineStep:
         set_learning_rate(engine, rate)
         self._waited_s = 0.0
         self._pipeline.train(self._feed(micro_batches, objective, factor))
-        sums = self._head.take_sums().to(engine.device)
+        sums = self._head.take_sums(engine.device)
         return step_result(engine, sums, self._waited_s, num_tokens_step, self._cut.data, stop=should_stop())
 
     def _feed(

@@ -14,6 +14,7 @@ import torch
 
 from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.engine import process
+from kdscale.engine.models import freeze
 from kdscale.losses.divergence import Divergence
 from kdscale.losses.objective import Objective
 from kdscale.student.layout import DataParallelStudent, PipelineStudent
@@ -52,7 +53,9 @@ def step_batch(vocab: int) -> tuple[TokenBatch, list[SoftTargets]]:
 def gradient(case: dict[str, Any], rank: int, world: int) -> dict[str, np.ndarray]:
     topology = Topology(case["pipeline"], world // case["pipeline"])
     cut = BatchCut(ROWS, case["micro_rows"], topology.data)
-    model = make_model("qwen2" if case["untied"] else "llama")
+    model = make_model("qwen2" if case["untied"] else "llama").to(getattr(torch, case["dtype"]))
+    if case["frozen"]:
+        freeze(model, [case["frozen"]])
     if case["recompute"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -60,6 +63,7 @@ def gradient(case: dict[str, Any], rank: int, world: int) -> dict[str, np.ndarra
         "train_batch_size": ROWS,
         "train_micro_batch_size_per_gpu": cut.micro_rows,
         "gradient_accumulation_steps": cut.micro_steps,
+        "bf16": {"enabled": case["dtype"] == "bfloat16"},
         "gradient_clipping": case["clip"],  # left out, DeepSpeed clips at 1
         "optimizer": {"type": "SGD", "params": {"lr": RATE}},
         "zero_optimization": {"stage": case["stage"]},
@@ -84,7 +88,7 @@ def gradient(case: dict[str, Any], rank: int, world: int) -> dict[str, np.ndarra
     after = student.whole_state()
     if rank != 0:
         return {}
-    moved = {name: ((before[name] - after[name]) / RATE).numpy() for name in before}
+    moved = {name: ((before[name].float() - after[name].float()) / RATE).numpy() for name in before}
     return moved | {"loss": np.array([result.loss, result.num_tokens]), "norm": np.array(result.gradient_norm)}
 
 

@@ -119,7 +119,7 @@ def _attention_kinds(family: _Family, config: PretrainedConfig) -> list[str]:
 class _Surroundings:
     """Mask and rotary embeddings of the rows at hand, made once for all layers of a stage that attend alike.
 
-    No module, so that DeepSpeed's cast to bfloat16 leaves the rotary frequencies in float32.
+    No module: the layers share it, and it holds nothing to train, to cast or to save (rotary frequencies stay float32).
     """
 
     def __init__(self, config: PretrainedConfig, rotary: nn.Module | None, *, by_kind: bool) -> None:

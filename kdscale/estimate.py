@@ -131,6 +131,8 @@ def host_memory(config: RunConfig) -> int | None:
     if files.parameters is None or files.file_bytes is None or parameters is None or trained is None:
         return None
     teacher = files.parameters * item_bytes(config.teacher.dtype, 0) + files.file_bytes
-    ranks = config.student.parallel.data
-    states = student_memory(parameters, trained, config.zero_stage, ranks, item_bytes(student_dtype(config), 0))
-    return teacher + ranks * sum(size or 0 for size in states.values())
+    parallel, width = config.student.parallel, item_bytes(student_dtype(config), 0)
+    # The stages of a pipeline hold one model between them, but each rank builds the whole one first.
+    states = student_memory(parameters, trained, config.zero_stage, parallel.data, width)
+    building = parallel.pipeline * parallel.data * parameters * width
+    return teacher + max(building, parallel.data * sum(size or 0 for size in states.values()))

@@ -8,6 +8,7 @@ from typing import Any
 from kdscale.config.schema import RunConfig
 from kdscale.data.corpus import Corpus, build_corpus
 from kdscale.data.tokenizer import Tokenizer, load_tokenizer
+from kdscale.engine.families import require_pipeline_family
 from kdscale.engine.models import load_config, model_digest, resolve_model
 from kdscale.engine.settings import check_settings
 from kdscale.errors import IdentityError, ModelError
@@ -34,6 +35,8 @@ def prepare(config: RunConfig) -> Prepared:
     directory = resolve_model(config.teacher.model)
     teacher_tokenizer = load_tokenizer(str(directory))
     _require_same_tokenizer(config, teacher_tokenizer)
+    if config.student.parallel.pipeline > 1:
+        require_pipeline_family(config.student, directory)
     text = load_config(directory).get_text_config()
     if text.vocab_size < teacher_tokenizer.vocab_size:
         raise ModelError(

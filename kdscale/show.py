@@ -71,7 +71,10 @@ def _memory(config: RunConfig, files: ModelFiles) -> Table:
         table.add_row("student: model states per rank", UNKNOWN)
         return table
     width = item_bytes(student_dtype(config), student.gpus_per_rank)
-    for name, size in student_memory(parameters, trained, config.zero_stage, student.parallel.data, width).items():
+    parallel = student.parallel
+    # Stages are dealt out by their trained parameters.
+    held, trained_here = parameters // parallel.pipeline, trained // parallel.pipeline
+    for name, size in student_memory(held, trained_here, config.zero_stage, parallel.data, width).items():
         table.add_row(f"student: {name}", _size(size))
     return table
 

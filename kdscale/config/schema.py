@@ -88,7 +88,7 @@ class TeacherSection(Section):
 
 class ParallelSection(Section):
     pipeline: int = Field(1, ge=1)
-    """Pipeline stages."""
+    """Pipeline stages; the layers are dealt out by their trained parameters (ZeRO 0 or 1, listed model families)."""
     data: int = Field(1, ge=1)
     """Data-parallel ranks."""
 
@@ -303,16 +303,8 @@ class RunConfig(Section):
         parallel, stage = self.student.parallel, self.zero_stage
         if stage not in (0, 1, 2, 3):
             raise ValueError(f"deepspeed.zero_optimization.stage = {stage!r}: DeepSpeed knows 0, 1, 2 and 3")
-        if parallel.pipeline > 1 and stage > 1:
-            raise ValueError(
-                f"student.parallel.pipeline = {parallel.pipeline} needs ZeRO stage 0 or 1, the deepspeed section sets"
-                f" {stage}; use configs/deepspeed/zero1.json"
-            )
         if parallel.pipeline > 1:
-            raise ValueError(
-                f"student.parallel.pipeline = {parallel.pipeline}: this version trains data-parallel students only;"
-                " use student.parallel.pipeline=1 with student.parallel.data ranks"
-            )
+            self._pipeline(parallel.pipeline, stage)
         unit = self.train.micro_rows * parallel.data
         if self.train.batch_rows % unit:
             raise ValueError(
@@ -324,3 +316,26 @@ class RunConfig(Section):
                 f"train.warmup_steps = {self.train.warmup_steps} must be below train.steps = {self.train.steps}"
             )
         return self
+
+    def _pipeline(self, stages: int, zero_stage: int) -> None:
+        """What DeepSpeed's pipeline engine does wrongly or not at all."""
+        what, way_out = f"student.parallel.pipeline = {stages}", "use configs/deepspeed/zero1.json"
+        if zero_stage > 1:
+            raise ValueError(f"{what} needs ZeRO stage 0 or 1, the deepspeed section sets {zero_stage}; {way_out}")
+        bf16 = self.deepspeed.get("bf16", {}).get("enabled", "auto")
+        dtype = self.student.dtype
+        if zero_stage == 0 and dtype != "float32" and not (dtype == "auto" and bf16 is False):
+            raise ValueError(
+                f"{what} with ZeRO stage 0 cannot load its own bfloat16 checkpoints, and student.dtype = {dtype} is or may"
+                f" become bfloat16; {way_out}, or set student.dtype: float32"
+            )
+        if zero_stage == 0 and self.train.clip > 0:
+            raise ValueError(
+                f"{what} with ZeRO stage 0 clips by a wrong gradient norm, and train.clip = {self.train.clip:g}; {way_out},"
+                " or set train.clip: 0"
+            )
+        if self.deepspeed.get("pipeline"):
+            raise ValueError(
+                f"deepspeed.pipeline = {self.deepspeed['pipeline']}: kdscale sets up the pipeline; remove it, and use"
+                " student.activation_checkpointing to save memory"
+            )

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kdscale.engine.checkpoint import Checkpoint
-from kdscale.engine.process import barrier
+from kdscale.engine.families import in_sequence
 from kdscale.engine.sharding import gathered
 from kdscale.errors import CheckpointError
 
@@ -37,16 +37,6 @@ def _buffers(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_buffers()}
 
 
-def export_engine_model(
-    model: PreTrainedModel, directory: Path, rank: int, save_tokenizer: Callable[[Path], None]
-) -> None:
-    """Write the model a running engine holds; every rank calls it, rank 0 writes."""
-    state = whole_state(model, rank)
-    if rank == 0:
-        write_model(model, state, directory, save_tokenizer)
-    barrier()
-
-
 def write_model(
     model: PreTrainedModel, state: dict[str, torch.Tensor], directory: Path, save_tokenizer: Callable[[Path], None]
 ) -> None:
@@ -70,6 +60,9 @@ def load_checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> N
         CheckpointError: the shards do not hold this model.
     """
     shards = checkpoint.directory / "shards"
+    if any(shards.glob("layer_*")):
+        _load_stages(model, shards)
+        return
     if any(shards.glob("*zero_pp_rank_*")):
         state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.directory), tag="shards")
     else:
@@ -85,3 +78,21 @@ def load_checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> N
             f" {result.unexpected_keys[:3]}"
         )
     model.tie_weights()
+
+
+def _load_stages(model: PreTrainedModel, shards: Path) -> None:
+    """Put a pipeline's weights into ``model``: DeepSpeed writes one file for each module in the sequence, head last."""
+    modules = in_sequence(model)
+    files = sorted(
+        shards.glob("layer_*-model_states.pt"), key=lambda file: int(file.name.split("-")[0].removeprefix("layer_"))
+    )
+    try:
+        for module, file in zip([*modules, None], files, strict=True):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            if module is None:
+                head = {name.removeprefix("head."): value for name, value in state.items()}
+                model.get_output_embeddings().load_state_dict(head)
+            else:
+                module.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{shards} does not hold this student: {error}") from error

@@ -1,7 +1,8 @@
 """The one place that undoes DeepSpeed's averaging.
 
-A rank's micro-batch yields a loss *sum*. DeepSpeed divides each backward by the accumulation steps and averages
-gradients over the data ranks; the gradient wanted is ``sum over the step / tokens of the step``, however it is cut.
+A rank's micro-batch yields a loss *sum*. DeepSpeed divides each backward by the accumulation steps (in a pipeline: on the
+last stage) and averages gradients over the data ranks (not over the stages); the gradient wanted is
+``sum over the step / tokens of the step``, however it is cut.
 """
 
 

@@ -21,6 +21,8 @@ from kdscale.stream.source import TargetSource
 
 CHUNK_BYTES = 64 << 20
 HIDDEN = TargetSpec(payload="hidden", encoding="bfloat16")
+NO_SUMS = torch.zeros(5, dtype=torch.float64)
+"""What a rank adds that has measured nothing; see ``quality_sums``."""
 Scorer = Callable[[TokenBatch], torch.Tensor]
 """A batch's final hidden states at its trained positions, [T, D]."""
 
@@ -89,7 +91,7 @@ def _scored(
 @torch.no_grad()
 def quality_sums(student_hidden: list[torch.Tensor], student_head: Head, view: TeacherView) -> torch.Tensor:
     """float64 sums [KL, agreements, student's and teacher's negative log-likelihood, tokens], to be added over ranks."""
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = NO_SUMS.clone()
     sums[3] = view.nll
     for hidden_TD, targets in zip(student_hidden, view.targets, strict=True):
         stats = dict(zip(STATS, _scored(hidden_TD, student_head, targets.labels_T, targets, view.head)[1], strict=True))

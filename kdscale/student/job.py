@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdscale import log
 from kdscale.batch import TokenBatch
@@ -17,25 +17,31 @@ from kdscale.data.loader import Loader
 from kdscale.data.tokenizer import Tokenizer, load_tokenizer
 from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
-from kdscale.engine.export import export_engine_model
+from kdscale.engine.export import write_model
 from kdscale.engine.models import build_student
-from kdscale.engine.settings import batch_cut, student_dtype, student_settings
-from kdscale.engine.sharding import full_numel, gathered
-from kdscale.engine.training import Engine, training_engine
+from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
-from kdscale.evaluate.quality import Quality, TeacherView, quality, quality_sums, teacher_view
+from kdscale.evaluate.quality import NO_SUMS, Quality, TeacherView, quality, quality_sums, teacher_view
 from kdscale.head import Head
 from kdscale.stream.client import FlightSource
 from kdscale.stream.protocol import Access
-from kdscale.student.module import StudentModule, flatten_batch
-from kdscale.student.step import DataParallelStep
+from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
+from kdscale.student.module import flatten_batch
 from kdscale.student.trainer import Totals, Trainer
 from kdscale.student.worker import StudentSetup
 
 _LOG = log.get(__name__)
 _HELD_OUT_ROWS = 2
-"""Rows of one request for held-out targets."""
+"""Rows of one request for held-out targets; in a pipeline 1, where all requests have one shape."""
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """This rank's share of the held-out text, and the teacher's side of it where the loss is held."""
+
+    batches: list[TokenBatch]
+    view: TeacherView | None
 
 
 class StudentJob:
@@ -57,27 +63,33 @@ class StudentJob:
         process.set_seed(config.run.seed)
         self._dtype = process.resolve_dtype(student_dtype(config), device)
         self._directory = Path(setup.run_directory)
+        self._topology = topology_of(config.student.parallel)
 
         model = build_student(config.student, Path(setup.teacher_directory), self._dtype)
         if config.student.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        module = StudentModule(
-            model,
-            setup.meaning.vocab_size,
-            int(config.loss.chunk_mib * 2**20),
-        )
-        settings = student_settings(config, str(self._dtype).removeprefix("torch."))
-        self._engine: Engine = training_engine(module, settings)
-        self._module = module
-        self._parameters = sum(full_numel(parameter) for parameter in module.parameters())
-        self._trained = sum(full_numel(one) for one in module.parameters() if one.requires_grad)
+        self._parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self._student = self._lay_out(model)
         self._start = 0
         self._notes: dict[str, Any] = {}
         if setup.resume_from is not None:
             found = checkpoints.verify(Path(setup.resume_from))
             checkpoints.require_same_identity(found, setup.identity)
-            checkpoints.restore(self._engine, found, rank)
+            checkpoints.restore(self._student.engine, found, rank)
             self._start, self._notes = found.step, found.notes
+
+    def _lay_out(self, model: PreTrainedModel) -> Student:
+        config, vocab_size = self._config, self._setup.meaning.vocab_size
+        chunk_bytes = int(config.loss.chunk_mib * 2**20)
+        settings = student_settings(config, str(self._dtype).removeprefix("torch."))
+        if self._topology.pipeline == 1:
+            return DataParallelStudent(model, vocab_size, chunk_bytes, settings, self._rank)
+        return PipelineStudent(model, vocab_size, chunk_bytes, settings, self._topology, self._rank)
+
+    @property
+    def _holds_loss(self) -> bool:
+        return self._topology.holds_loss(self._rank)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -98,19 +110,19 @@ class StudentJob:
             config,
             loader,
             cut,
-            self._rank,
-            DataParallelStep(self._engine, self._module.head, cut.micro_steps, cut.data),
+            self._topology.data_rank(self._rank),
+            self._student.step(cut),
             emit=lambda metrics: self._emit({"kind": "step", "metrics": metrics.as_dict()}),
             save=self._save,
             should_stop=self._should_stop,
         )
-        report, view = self._check_teacher(loader.batch(0), corpus, source)
+        report, held_out = self._check_teacher(loader.batch(0), corpus, source)
         # The teacher works on the first batches while the student is measured.
-        prefetcher = trainer.prefetch(self._start, source) if config.loss.soft else None
+        prefetcher = trainer.prefetch(self._start, source) if config.loss.soft and self._holds_loss else None
         try:
-            if view is not None and "quality_before" not in self._notes:
+            if held_out is not None and "quality_before" not in self._notes:
                 self._phase("measuring the student before training")
-                self._notes["quality_before"] = self._quality(view).as_dict()
+                self._notes["quality_before"] = self._quality(held_out).as_dict()
             self._phase("training")
             totals = Totals(**self._notes["totals"]) if "totals" in self._notes else Totals()
             outcome = trainer.run(self._start, totals, prefetcher)
@@ -121,9 +133,10 @@ class StudentJob:
         report["steps_per_epoch"] = loader.steps_per_epoch
         if outcome.stopped:
             return report
-        if view is not None:
+        if held_out is not None:
             self._phase("measuring the student after training")
-            report |= {"quality_before": self._notes["quality_before"], "quality_after": self._quality(view).as_dict()}
+            after = self._quality(held_out).as_dict()
+            report |= {"quality_before": self._notes["quality_before"], "quality_after": after}
         self._phase("exporting")
         report["export_max_logit_difference"] = self._export(loader.batch(0).cut(slice(0, 1)), tokenizer.save)
         report["teacher_stats"] = source.teacher_stats()
@@ -135,11 +148,11 @@ class StudentJob:
         """Canary and quality of the student as it was built, without training. Raises: any KdscaleError."""
         source = self._source(access)
         _, corpus = self._text()
-        report, view = self._check_teacher(self._held_out(corpus)[0], corpus, source)
-        if view is None:
+        report, held_out = self._check_teacher(self._held_out(corpus)[0], corpus, source)
+        if held_out is None:
             raise ConfigError("evaluate.quality = false leaves nothing to evaluate; set it to true")
         self._phase("measuring the student")
-        report |= self._quality(view).as_dict()
+        report |= self._quality(held_out).as_dict()
         source.close()
         return report
 
@@ -153,23 +166,25 @@ class StudentJob:
 
     def _check_teacher(
         self, row: TokenBatch, corpus: Corpus, source: FlightSource
-    ) -> tuple[dict[str, Any], TeacherView | None]:
+    ) -> tuple[dict[str, Any], _HeldOut | None]:
         """The canary on ``row``; meanwhile the teacher scores the held-out text."""
         config = self._config
         needs_head = config.loss.soft and config.targets.payload == "hidden"
-        head = source.fetch_head() if needs_head or config.evaluate.quality else None
-        if needs_head and head is not None:
-            self._module.head.teacher_head = head.to(self._device)
+        measures = config.evaluate.quality and self._holds_loss
+        head = source.fetch_head() if (needs_head and (self._holds_loss or self._rank == 0)) or measures else None
+        if needs_head and self._holds_loss and head is not None:
+            self._student.head.teacher_head = head.to(self._device)
+        batches = self._held_out(corpus) if config.evaluate.quality else []
         with ThreadPoolExecutor(1) as beside:
             view = None
-            if config.evaluate.quality:
+            if measures:
                 assert head is not None
-                view = beside.submit(
-                    teacher_view, self._held_out(corpus), source, head, config.stream.in_flight, self._device
-                )
+                view = beside.submit(teacher_view, batches, source, head, config.stream.in_flight, self._device)
             report = {"canary": self._canary(row, source, head)}
             self._phase("scoring held-out text by the teacher")
-            return report, None if view is None else view.result()
+            if not config.evaluate.quality:
+                return report, None
+            return report, _HeldOut(batches, None if view is None else view.result())
 
     def _phase(self, name: str) -> None:
         self._emit({"kind": "phase", "phase": name})
@@ -197,28 +212,22 @@ class StudentJob:
         """This rank's share of the held-out rows; every rank runs the same number of forwards."""
         data = self._config.data
         loader = Loader(corpus.heldout, data.packing, data.row_tokens, 1, self._config.run.seed)
-        batches = loader.heldout_batches(data.heldout_tokens, rows_per_batch=_HELD_OUT_ROWS)
-        ranks = self._config.student.parallel.data
-        share = batches[self._rank :: ranks]
+        rows = _HELD_OUT_ROWS if self._topology.pipeline == 1 else 1
+        batches = loader.heldout_batches(data.heldout_tokens, rows_per_batch=rows)
+        ranks = self._topology.data
+        share = batches[self._topology.data_rank(self._rank) :: ranks]
         if len(share) < -(-len(batches) // ranks):
             share.append(_untrained(batches[0]))
         return share
 
-    def _hidden(self, batch: TokenBatch) -> torch.Tensor:
-        (hidden,) = self._engine(*flatten_batch(batch, self._device))
-        return hidden
-
     @torch.no_grad()
-    def _quality(self, view: TeacherView) -> Quality:
-        self._engine.eval()
-        hidden = [self._hidden(batch) for batch in view.batches]
-        with gathered(self._module.head.parameters()):
-            sums = quality_sums(hidden, self._head(), view)
-        return quality(process.sum_over_ranks(sums.to(self._device)).cpu())
-
-    def _head(self) -> Head:
-        head = self._module.head
-        return Head(head.weight, head.bias, self._module.head_spec)
+    def _quality(self, held_out: _HeldOut) -> Quality:
+        hidden = self._student.hidden(held_out.batches)
+        sums = NO_SUMS
+        if held_out.view is not None:
+            with whole_head(self._student) as head:
+                sums = quality_sums(hidden, head, held_out.view)
+        return quality(process.sum_over_ranks(sums.to(self._device, copy=True)).cpu())
 
     # ---- what stays ----
 
@@ -226,36 +235,46 @@ class StudentJob:
         self._emit({"kind": "leaving" if self._should_stop() else "phase", "phase": f"saving step {step}"})
         self._notes |= {"totals": asdict(totals), "dtype": str(self._dtype).removeprefix("torch.")}
         path = checkpoints.save(
-            self._engine,
+            self._student.engine,
             self._directory / "checkpoints",
             step,
             identity=self._setup.identity,
             notes=self._notes,
             rank=self._rank,
-            world=self._config.student.parallel.data,
+            world=self._topology.world,
             keep=self._config.checkpoint.keep,
         )
         self._emit({"kind": "checkpoint", "path": str(path), "step": step})
 
     @torch.no_grad()
     def _export(self, row: TokenBatch, save_tokenizer: Callable[[Path], None]) -> float:
-        """Write ``student/`` and load it back plainly; returns how far its logits are from the engine's."""
+        """Write ``student/`` and load it back plainly where the loss is held; returns how far its logits are from the
+        engine's."""
         directory = self._directory / "student"
-        export_engine_model(self._module.model, directory, self._rank, save_tokenizer)
-        self._engine.eval()
-        hidden = self._hidden(row)
-        with gathered(self._module.head.parameters()):
-            ours = self._head().logits(hidden).cpu()
-        if self._rank != 0:
-            return 0.0
+        state = self._student.whole_state()
+        if self._rank == 0:
+            write_model(self._student.model, state, directory, save_tokenizer)
+        process.barrier()
+        hidden = self._student.hidden([row])
+        # On one rank: the largest difference, and the largest logit.
+        found = torch.zeros(2, device=self._device)
+        if self._holds_loss:
+            with whole_head(self._student) as head:
+                if self._topology.data_rank(self._rank) == 0:
+                    ours = head.logits(hidden[0])
+                    found[0] = (ours - self._plain_logits(directory, row, ours.shape[1])).abs().max()
+                    found[1] = ours.abs().max()
+        difference, largest = process.sum_over_ranks(found).tolist()
+        if not difference <= 1e-3 + 1e-2 * largest:
+            raise ModelError(f"the exported student's logits differ from the engine's by {difference:.3g}; not usable")
+        return float(difference)
+
+    def _plain_logits(self, directory: Path, row: TokenBatch, vocab_size: int) -> torch.Tensor:
         plain = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype).eval()
         plain.to(self._device)  # type: ignore[arg-type]
         ids, positions, trained = flatten_batch(row, self._device)
-        theirs = plain(input_ids=ids, position_ids=positions, use_cache=False).logits.flatten(0, 1)[trained]
-        difference = float((ours - theirs.float().cpu()[:, : ours.shape[1]]).abs().max())
-        if not difference <= 1e-3 + 1e-2 * float(ours.abs().max()):
-            raise ModelError(f"the exported student's logits differ from the engine's by {difference:.3g}; not usable")
-        return difference
+        logits = plain(input_ids=ids, position_ids=positions, use_cache=False).logits.flatten(0, 1)[trained]
+        return logits.float()[:, :vocab_size]
 
 
 def _untrained(batch: TokenBatch) -> TokenBatch:

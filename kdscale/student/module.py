@@ -27,7 +27,7 @@ class HeadWithLoss(nn.Module):
         self.register_parameter("bias", bias)
         self.teacher_head: Head | None = None
         """Not a parameter of the student; needed for hidden targets."""
-        self._spec = spec
+        self.spec = spec
         self._chunk_bytes = chunk_bytes
         self._next: tuple[Objective, SoftTargets | None] | None = None
 
@@ -44,7 +44,7 @@ class HeadWithLoss(nn.Module):
             hidden_TD,
             self.weight,
             self.bias,
-            self._spec,
+            self.spec,
             labels_T,
             targets,
             objective,
@@ -58,8 +58,7 @@ class StudentModule(nn.Module):
 
     def __init__(self, model: PreTrainedModel, vocab_size: int, chunk_bytes: int) -> None:
         super().__init__()
-        weight, bias, self.head_spec = head_of(model, vocab_size)
-        model.set_output_embeddings(HeadWithLoss(weight, bias, self.head_spec, chunk_bytes))
+        model.set_output_embeddings(HeadWithLoss(*head_of(model, vocab_size), chunk_bytes))
         self.model = model
 
     @property

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -34,13 +35,52 @@ class StepResult:
     """By the names of ``losses.fused.STATS``, without ``count``."""
     gradient_norm: float
     wait_seconds: float
-    """Time spent waiting for soft targets, mean over ranks."""
+    """Time spent waiting for soft targets, mean over the ranks that hold the loss."""
     stop: bool
     """Whether any rank was asked to stop."""
 
 
+class Step(Protocol):
+    """Every rank calls ``train`` with the same number of micro-batches."""
+
+    def train(
+        self,
+        micro_batches: Iterable[MicroBatch],
+        objective: Objective,
+        num_tokens_step: int,
+        rate: float,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> StepResult:
+        """One optimizer step at learning rate ``rate``.
+
+        The gradient is that of ``sum over the step of the objective / num_tokens_step``.
+        """
+        ...
+
+
+def step_result(
+    engine: Engine, sums: torch.Tensor, waited_s: float, num_tokens_step: int, data_ranks: int, *, stop: bool
+) -> StepResult:
+    """The means that a step amounts to; every rank calls it.
+
+    ``sums`` are this rank's loss and statistics ``STATS``, float64 [1 + S]; zeros on ranks that hold no loss.
+    """
+    sums = sum_over_ranks(torch.cat([sums, sums.new_tensor([waited_s, float(stop)])]))
+    count = max(1, num_tokens_step)
+    means = {name: float(sums[1 + index] / count) for index, name in enumerate(STATS) if name != "count"}
+    return StepResult(
+        num_tokens=int(sums[1 + STATS.index("count")]),
+        loss=float(sums[0] / count),
+        means=means,
+        gradient_norm=gradient_norm(engine),
+        wait_seconds=float(sums[-2] / data_ranks),
+        stop=bool(sums[-1] > 0),
+    )
+
+
 class DataParallelStep:
-    """DeepSpeed data parallel, ZeRO 0 to 3. Every rank calls ``train`` with the same number of micro-batches."""
+    """DeepSpeed data parallel, ZeRO 0 to 3."""
 
     def __init__(self, engine: Engine, head: HeadWithLoss, micro_steps: int, data_ranks: int) -> None:
         self._engine = engine
@@ -57,16 +97,13 @@ class DataParallelStep:
         *,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
-        """One optimizer step at learning rate ``rate``.
-
-        The gradient is that of ``sum over the step of the objective / num_tokens_step``.
-        """
+        """See ``Step``."""
         engine = self._engine
         device = engine.device
         factor = backward_factor(num_tokens_step, self._micro_steps, self._data_ranks)
         set_learning_rate(engine, rate)
-        # Sums of the loss and of the statistics, the time waited, and whether somebody was asked to stop.
-        sums = torch.zeros(1 + len(STATS) + 2, dtype=torch.float64, device=device)
+        sums = torch.zeros(1 + len(STATS), dtype=torch.float64, device=device)
+        waited_s = 0.0
         engine.train()
         for micro in micro_batches:
             labels_T = torch.from_numpy(micro.batch.labels()).to(device)
@@ -77,17 +114,6 @@ class DataParallelStep:
             engine.backward(loss * factor)
             engine.step()
             sums[0] += loss.detach().double()
-            sums[1:-2] += stats.double()
-            sums[-2] += micro.waited_s
-        sums[-1] = float(should_stop())
-        sum_over_ranks(sums)
-        count = max(1, num_tokens_step)
-        means = {name: float(sums[1 + index] / count) for index, name in enumerate(STATS) if name != "count"}
-        return StepResult(
-            num_tokens=int(sums[1 + STATS.index("count")]),
-            loss=float(sums[0] / count),
-            means=means,
-            gradient_norm=gradient_norm(engine),
-            wait_seconds=float(sums[-2] / self._data_ranks),
-            stop=bool(sums[-1] > 0),
-        )
+            sums[1:] += stats.double()
+            waited_s += micro.waited_s
+        return step_result(engine, sums, waited_s, num_tokens_step, self._data_ranks, stop=should_stop())

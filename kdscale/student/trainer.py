@@ -15,7 +15,7 @@ from kdscale.metrics import StepMetrics
 from kdscale.spec import TargetSpec
 from kdscale.stream.prefetch import Prefetcher
 from kdscale.stream.source import TargetSource
-from kdscale.student.step import DataParallelStep, MicroBatch, StepResult
+from kdscale.student.step import MicroBatch, Step, StepResult
 from kdscale.topology import BatchCut
 
 
@@ -54,7 +54,7 @@ class Trainer:
         loader: Loader,
         cut: BatchCut,
         data_rank: int,
-        step: DataParallelStep,
+        step: Step,
         *,
         emit: Callable[[StepMetrics], None],
         save: Callable[[int, Totals], Any],
@@ -82,18 +82,18 @@ class Trainer:
         return Prefetcher(source, self.requests(start), self._config.stream.in_flight)
 
     def run(self, start: int, totals: Totals, prefetcher: Prefetcher | None) -> Outcome:
-        """Train from step ``start``; without a prefetcher on labels only."""
-        labels_only = (batch for batch, _ in self.requests(start)) if prefetcher is None else None
+        """Train from step ``start``; without a prefetcher this rank's micro-batches come without soft targets."""
+        tokens_only = (batch for batch, _ in self.requests(start)) if prefetcher is None else None
         for number in range(start, self._train.steps):
             began = time.monotonic()
             result = self._step.train(
-                self._fetch(prefetcher, labels_only),
+                self._fetch(prefetcher, tokens_only),
                 objective_at(self._config.loss, number, self._train.steps),
                 self._loader.batch(number).num_tokens,
                 learning_rate(number, self._train),
                 should_stop=self._should_stop,
             )
-            metrics = self._metrics(number, result, time.monotonic() - began, labels_only is None)
+            metrics = self._metrics(number, result, time.monotonic() - began)
             totals = totals.plus(metrics)
             self._emit(metrics)
             done = number + 1
@@ -103,17 +103,17 @@ class Trainer:
                 return Outcome(done, totals, stopped=True)
         return Outcome(self._train.steps, totals, stopped=False)
 
-    def _fetch(self, prefetcher: Prefetcher | None, labels_only: Iterator[TokenBatch] | None) -> Iterator[MicroBatch]:
+    def _fetch(self, prefetcher: Prefetcher | None, tokens_only: Iterator[TokenBatch] | None) -> Iterator[MicroBatch]:
         for _ in range(self._cut.micro_steps):
             if prefetcher is None:
-                assert labels_only is not None
-                yield MicroBatch(next(labels_only), None)
+                assert tokens_only is not None
+                yield MicroBatch(next(tokens_only), None)
             else:
                 fetched = prefetcher.next()
                 yield MicroBatch(fetched.batch, fetched.targets, fetched.waited_s)
 
-    def _metrics(self, number: int, result: StepResult, seconds: float, soft: bool) -> StepMetrics:
-        means = result.means
+    def _metrics(self, number: int, result: StepResult, seconds: float) -> StepMetrics:
+        means, soft = result.means, self._config.loss.soft
         return StepMetrics(
             step=number + 1,
             num_tokens=result.num_tokens,

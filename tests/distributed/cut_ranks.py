@@ -1,4 +1,4 @@
-"""One optimizer step on a tiny model, for several ZeRO stages and cuts; rank 0 saves the gradient each took.
+"""One optimizer step on a tiny model, for several ZeRO stages, cuts and pipelines; rank 0 saves the gradient each took.
 
 The optimizer is plain SGD with a large rate, so that the parameters move by the gradient itself, far above rounding.
 """
@@ -7,19 +7,19 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.engine import process
-from kdscale.engine.export import whole_state
-from kdscale.engine.training import training_engine
+from kdscale.engine.models import freeze
 from kdscale.losses.divergence import Divergence
 from kdscale.losses.objective import Objective
-from kdscale.student.module import StudentModule
-from kdscale.student.step import DataParallelStep, MicroBatch
-from kdscale.topology import BatchCut
+from kdscale.student.layout import DataParallelStudent, PipelineStudent
+from kdscale.student.step import MicroBatch
+from kdscale.topology import BatchCut, Topology
 from tests.conftest import PADDED_VOCAB, make_model
 from tests.distributed.launch import join
 from tests.targets import topk_of_logits
@@ -50,35 +50,46 @@ def step_batch(vocab: int) -> tuple[TokenBatch, list[SoftTargets]]:
     return batch, targets
 
 
-def gradient(stage: int, micro_rows: int, rank: int, world: int, *, untied: bool) -> dict[str, np.ndarray]:
-    cut = BatchCut(ROWS, micro_rows, world)
-    model = make_model("qwen2" if untied else "llama")
+def gradient(case: dict[str, Any], rank: int, world: int) -> dict[str, np.ndarray]:
+    topology = Topology(case["pipeline"], world // case["pipeline"])
+    cut = BatchCut(ROWS, case["micro_rows"], topology.data)
+    model = make_model("qwen2" if case["untied"] else "llama").to(getattr(torch, case["dtype"]))
+    if case["frozen"]:
+        freeze(model, [case["frozen"]])
+    if case["recompute"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    module = StudentModule(model, PADDED_VOCAB - 9, chunk_bytes=4 * PADDED_VOCAB * 3)
     settings = {
         "train_batch_size": ROWS,
-        "train_micro_batch_size_per_gpu": micro_rows,
+        "train_micro_batch_size_per_gpu": cut.micro_rows,
         "gradient_accumulation_steps": cut.micro_steps,
-        "gradient_clipping": 0.0,  # left out, DeepSpeed clips at 1
+        "bf16": {"enabled": case["dtype"] == "bfloat16"},
+        "gradient_clipping": case["clip"],  # left out, DeepSpeed clips at 1
         "optimizer": {"type": "SGD", "params": {"lr": RATE}},
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": case["stage"]},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
-    engine = training_engine(module, settings)
-    batch, targets = step_batch(PADDED_VOCAB - 9)
+    vocab_size, chunk_bytes = PADDED_VOCAB - 9, 4 * PADDED_VOCAB * 3
+    student: DataParallelStudent | PipelineStudent
+    if topology.pipeline > 1:
+        student = PipelineStudent(model, vocab_size, chunk_bytes, settings, topology, rank)
+    else:
+        student = DataParallelStudent(model, vocab_size, chunk_bytes, settings, rank)
+    batch, targets = step_batch(vocab_size)
     micro = []
     for number in range(cut.micro_steps):
-        rows = cut.rows_of(rank, number)
-        micro.append(MicroBatch(batch.cut(rows), SoftTargets.join(targets[rows])))
+        rows = cut.rows_of(topology.data_rank(rank), number)
+        # Whoever does not hold the loss has no targets.
+        soft = SoftTargets.join(targets[rows]) if topology.holds_loss(rank) else None
+        micro.append(MicroBatch(batch.cut(rows), soft))
     objective = Objective(Divergence("forward_kl"), hard_weight=0.3)
-    step = DataParallelStep(engine, module.head, cut.micro_steps, world)
-    result = step.train(micro, objective, batch.num_tokens, RATE)
-    after = whole_state(model, rank)
+    result = student.step(cut).train(micro, objective, batch.num_tokens, RATE)
+    after = student.whole_state()
     if rank != 0:
         return {}
-    moved = {name: ((before[name] - after[name]) / RATE).numpy() for name in before}
-    return moved | {"loss": np.array([result.loss, result.num_tokens])}
+    moved = {name: ((before[name].float() - after[name].float()) / RATE).numpy() for name in before}
+    return moved | {"loss": np.array([result.loss, result.num_tokens]), "norm": np.array(result.gradient_norm)}
 
 
 def main() -> None:
@@ -86,7 +97,7 @@ def main() -> None:
     torch.set_num_threads(1)
     join(rank, world, port_file)
     for case in json.loads(sys.argv[5]):
-        found = gradient(case["stage"], case["micro_rows"], rank, world, untied=case["untied"])
+        found = gradient(case, rank, world)
         if rank == 0:
             np.savez(out / f"{case['name']}.npz", **found)
     process.leave_group()

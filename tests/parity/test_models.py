@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from kdscale.batch import TokenBatch
 from kdscale.config.schema import StudentSection
 from kdscale.data.loader import Loader
+from kdscale.engine.families import in_sequence, require_pipeline_family
 from kdscale.engine.models import (
     base_hidden,
     build_student,
@@ -55,6 +56,32 @@ def test_packed_equals_unpacked(family: str):
                 torch.testing.assert_close(packed[row][torch.from_numpy(here)], alone.float(), rtol=1e-4, atol=1e-4)
                 seen += 1
     assert seen >= 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modules_in_sequence_are_the_base_model(family: str):
+    """What a pipeline is cut from, applied one after the other on packed rows."""
+    model = make_model(family)
+    batch = Loader(Documents([9, 5, 14, 3, 7, 11]), "isolated", 24, 2, seed=0).batch(0)
+    ids, positions = (torch.from_numpy(one).long() for one in (batch.ids_RL % PADDED_VOCAB, batch.positions_RL))
+    modules = in_sequence(model)
+    assert len(modules) == model.config.num_hidden_layers + 2
+    activations = ids, positions
+    for module in modules:
+        activations = module(activations)
+    assert torch.equal(activations[0], base_hidden(model, ids, positions))
+
+
+def test_families_that_cannot_be_cut_are_refused(tmp_path: Path):
+    section = StudentSection(init="config", config={"model_type": "bloom"})
+    with pytest.raises(
+        ModelError, match=r"type bloom cannot be cut into stages; supported are llama, mistral, .* gpt_neox"
+    ):
+        require_pipeline_family(section, tmp_path)
+    make_model("llama").save_pretrained(tmp_path)
+    require_pipeline_family(StudentSection(layers=[0]), tmp_path)
+    require_pipeline_family(StudentSection(init="model", model=str(tmp_path)), Path())
 
 
 @torch.no_grad()

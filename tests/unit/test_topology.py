@@ -1,4 +1,5 @@
 import pytest
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
 from kdscale.errors import ConfigError
 from kdscale.topology import BatchCut, Topology
@@ -16,6 +17,15 @@ def test_stages_vary_slowest():
     ]
     assert [rank for rank in range(6) if topology.reads_tokens(rank)] == [0, 1, 2]
     assert [rank for rank in range(6) if topology.holds_loss(rank)] == [3, 4, 5]
+
+
+@pytest.mark.parametrize(("pipeline", "data"), [(1, 2), (2, 1), (2, 3), (4, 2)])
+def test_layout_is_the_one_of_deepspeed(pipeline: int, data: int):
+    topology, theirs = Topology(pipeline, data), PipeDataParallelTopology(num_pp=pipeline, num_dp=data)
+    assert topology.world == theirs.world_size()
+    for rank in range(topology.world):
+        coordinates = theirs.get_coord(rank)
+        assert (topology.stage(rank), topology.data_rank(rank)) == (coordinates.pipe, coordinates.data)
 
 
 @pytest.mark.parametrize(("rows", "micro", "data"), [(8, 1, 1), (8, 2, 2), (12, 3, 2), (4, 4, 1)])

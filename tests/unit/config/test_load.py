@@ -59,7 +59,6 @@ def test_resolved_config_round_trips(file: Path, tmp_path: Path):
         ("train.batch_rows=3 ", r"not of the form|train.batch_rows"),
         ("train.steps", r"not of the form section.key=value"),
         ("targets.payload=everything", r"targets.payload = 'everything'"),
-        ("student.parallel.pipeline=2", r"trains data-parallel students only"),
         ("student.layers=null", r"student.layers is missing"),
         ("student.model=x", r"student.model is not read"),
         ("deepspeed=nowhere.json", r"no such file beside the config"),
@@ -88,6 +87,35 @@ def test_pipeline_with_zero3_is_refused_by_name(file: Path, tmp_path: Path):
     (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     with pytest.raises(ConfigError, match="pipeline = 2 needs ZeRO stage 0 or 1, the deepspeed section sets 3"):
         load_config(file, ["deepspeed=zero3.json", "student.parallel.pipeline=2"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], r"student.dtype = auto is or may become bfloat16; use configs/deepspeed/zero1.json, or set .* float32"),
+        (["student.dtype=bfloat16", "train.clip=0"], r"cannot load its own bfloat16 checkpoints"),
+        (["student.dtype=float32"], r"clips by a wrong gradient norm, and train.clip = 1; use .*zero1.json, or .*: 0"),
+        (
+            ["deepspeed={zero_optimization: {stage: 1}, pipeline: {use_reentrant: false}}"],
+            r"deepspeed.pipeline = .* remove",
+        ),
+    ],
+)
+def test_what_pipelines_cannot_do_is_refused(file: Path, overrides: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, ["student.parallel.pipeline=2", *overrides])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["deepspeed={zero_optimization: {stage: 1}}"],
+        ["student.dtype=float32", "train.clip=0"],
+        ["deepspeed={bf16: {enabled: false}}", "train.clip=0"],
+    ],
+)
+def test_pipelines_that_work_are_accepted(file: Path, overrides: list[str]):
+    assert load_config(file, ["student.parallel.pipeline=2", *overrides]).student.parallel.pipeline == 2
 
 
 def test_deepspeed_file_lies_beside_the_config(file: Path, tmp_path: Path):

@@ -1,0 +1,111 @@
+"""A student on its ranks, data parallel or cut into stages: the two faces everything else is the same behind."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from kdscale.batch import TokenBatch
+from kdscale.engine.export import whole_state
+from kdscale.engine.models import head_of
+from kdscale.engine.pipeline import Pipeline
+from kdscale.engine.sharding import gathered
+from kdscale.engine.training import Engine, training_engine
+from kdscale.head import Head
+from kdscale.student.module import HeadWithLoss, StudentModule, flatten_batch
+from kdscale.student.pipeline_step import PipelineHead, PipelineStep
+from kdscale.student.step import DataParallelStep, Step
+from kdscale.topology import BatchCut, Topology
+
+
+class Student(Protocol):
+    """What a job does with its student. Every rank calls every method, in the same order."""
+
+    model: PreTrainedModel
+    """The whole student's shape; its weights may lie elsewhere."""
+    engine: Engine
+    head: HeadWithLoss
+    """With its weights only on ranks that hold the loss."""
+
+    def step(self, cut: BatchCut) -> Step: ...
+
+    def hidden(self, batches: list[TokenBatch]) -> list[torch.Tensor]:
+        """Hidden states [T, D] of each batch's trained positions, on ranks that hold the loss; elsewhere nothing.
+
+        In a pipeline the batches have one shape, and every rank has as many.
+        """
+        ...
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """All parameters by the model's own names on rank 0; elsewhere nothing."""
+        ...
+
+
+@contextmanager
+def whole_head(student: Student) -> Iterator[Head]:
+    """The student's head, for ranks that hold the loss; all of them must enter."""
+    head = student.head
+    with gathered(head.parameters()):
+        yield Head(head.weight, head.bias, head.spec)
+
+
+class DataParallelStudent:
+    """Every rank runs the whole model, sharded by ZeRO 0 to 3."""
+
+    def __init__(
+        self, model: PreTrainedModel, vocab_size: int, chunk_bytes: int, settings: dict[str, Any], rank: int
+    ) -> None:
+        self.model, self._rank = model, rank
+        self._module = StudentModule(model, vocab_size, chunk_bytes)
+        self.engine = training_engine(self._module, settings)
+        self.head = self._module.head
+
+    def step(self, cut: BatchCut) -> Step:
+        return DataParallelStep(self.engine, self.head, cut.micro_steps, cut.data)
+
+    @torch.no_grad()
+    def hidden(self, batches: list[TokenBatch]) -> list[torch.Tensor]:
+        self.engine.eval()
+        return [self.engine(*flatten_batch(batch, self.engine.device))[0] for batch in batches]
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        return whole_state(self.model, self._rank)
+
+
+class PipelineStudent:
+    """Ranks run stages of the model, in ``topology.data`` copies."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        chunk_bytes: int,
+        settings: dict[str, Any],
+        topology: Topology,
+        rank: int,
+    ) -> None:
+        self.model, self._topology, self._rank = model, topology, rank
+        self.head = HeadWithLoss(*head_of(model, vocab_size), chunk_bytes)
+        model.set_output_embeddings(self.head)
+        self._last = PipelineHead(self.head)
+        self._pipeline = Pipeline(model, self._last, PipelineHead.WEIGHT, settings, topology)
+        self.engine = self._pipeline.engine
+
+    def step(self, cut: BatchCut) -> Step:
+        return PipelineStep(self._pipeline, self._last, cut, self._topology, self._rank)
+
+    def hidden(self, batches: list[TokenBatch]) -> list[torch.Tensor]:
+        def feed() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for batch in batches:
+                ids_RL, positions_RL, trained_T = flatten_batch(batch, self.engine.device)
+                if self._topology.holds_loss(self._rank):
+                    self._last.expect(trained_T, None)
+                yield ids_RL, positions_RL
+
+        self._pipeline.evaluate(feed(), len(batches))
+        return self._last.take_hidden()
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        return self._pipeline.whole_state()

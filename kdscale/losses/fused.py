@@ -21,8 +21,8 @@ from kdscale.losses.objective import Objective
 __all__ = ["STATS", "fused_loss"]
 _BLOCK_BYTES = 2 << 20
 """On processors: a block and its temporaries stay in the second-level caches of the cores that share it."""
-_CPU_CHUNK_ROWS = 160
-"""On processors: float32 rows beyond which the products gain no more (bfloat16: twice as many)."""
+_CPU_CHUNK_ROWS = {1: 128, 2: 112}
+"""On processors, by the tiles of a chunk: float32 rows beyond which the products gain little (bfloat16: twice as many)."""
 _ROUNDED_SUMS = 16
 """A narrow weight's gradient is summed in its own dtype over so many chunks at most: each rounds once, which adds up to less
 than the products' own rounding. Over more it is summed in float32."""
@@ -134,7 +134,7 @@ def _rows(count: int, weight: torch.Tensor, vocab_size: int, chunk_bytes: int, *
     size = weight.element_size()
     most = chunk_rows(vocab_size, chunk_bytes // tiles, size)
     if weight.device.type == "cpu":
-        most = min(most, _CPU_CHUNK_ROWS * 4 // size)
+        most = min(most, _CPU_CHUNK_ROWS[tiles] * 4 // size)
     return -(-count // -(-count // most)) if count else 1
 
 

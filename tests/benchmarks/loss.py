@@ -4,7 +4,7 @@
     python -m tests.benchmarks.loss --vocab 128256 --dtype bfloat16 --tokens 4096
     python -m tests.benchmarks.loss --peers .venv-peers/bin/python    # and Liger's (tests/benchmarks/peers.sh makes it)
 
-Control: the products alone (3 for ``topk`` and labels, 4 for ``hidden``), in chunks of the same size. Every side makes the
+Control: the products alone (3 for ``topk`` and labels, 4 for ``hidden``), in the same chunks. Every side makes the
 gradients of hidden states [T, 576] and head weight [V, 576]. Transient memory is the peak beyond inputs and gradients.
 """
 
@@ -88,12 +88,18 @@ def side(name: str, tokens: int, vocab: int, dtype_name: str, threads: int) -> N
         serve(ours, gradients)
 
 
+def _rows(tokens: int, vocab: int, item_bytes: int, *, tiles: int) -> int:
+    """Rows of the fused loss's own chunks (losses/fused.py), told without kdscale."""
+    most = min(CHUNK_BYTES // (tiles * item_bytes * vocab), {1: 128, 2: 112}[tiles] * 4 // item_bytes)
+    return -(-tokens // -(-tokens // most))
+
+
 @torch.no_grad()
 def _bare(
     hidden: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor, teacher_weight: torch.Tensor, products: int
 ) -> dict[str, float]:
     vocab = len(weight)
-    rows = CHUNK_BYTES // (4 * vocab * (products - 2))
+    rows = _rows(len(hidden), vocab, weight.element_size(), tiles=products - 2)
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
     tile = torch.empty(rows, vocab, dtype=weight.dtype)
     for start in range(0, len(hidden), rows):
@@ -124,7 +130,7 @@ def _plain(name: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.
 def _liger(name: str, hidden, weight, teacher_hidden, teacher_weight, labels):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    chunk = {"liger": 1024, "liger-equal-chunk": CHUNK_BYTES // (8 * len(weight))}[name]
+    chunk = {"liger": 1024, "liger-equal-chunk": _rows(len(hidden), len(weight), weight.element_size(), tiles=2)}[name]
     # Their beta = 0 is KL(teacher ‖ student); their loss is a mean over tokens.
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False, chunk_size=chunk
@@ -172,7 +178,7 @@ def report(sides: list[Side], by_name: dict[str, Side], size: tuple[int, int, st
         ]
         print(
             f"{one.name:18} {one.median:7.3f} s ±{one.spread:4.0%}  {one.median / control.median:5.2f}x {control.name}"
-            f"  {one.transient_bytes / 2**20:8.0f} MiB"
+            f"  {(one.transient_bytes or 0) / 2**20:8.0f} MiB"
         )
     hard = by_name["topk+hard"].median / by_name["labels"].median
     print(f"soft + hard loss takes {hard:.2f}x the cross-entropy alone")

@@ -20,13 +20,17 @@ ROOT = Path(__file__).parents[2]
 _MARK = "turns: "
 
 
-def serve(work: Callable[[], dict[str, float]], owned_bytes: int = 0) -> None:
+def serve(work: Callable[[], dict[str, float]], owned_bytes: int | None = None) -> None:
     """A side's main loop: one line in, one round, one line out. ``work`` returns figures that other sides must agree with.
 
-    ``owned_bytes``: outputs and gradients that the work itself allocates, which are not transient.
+    ``owned_bytes``: outputs and gradients that the work itself allocates, which are not transient; without it memory is not
+    looked at.
     """
     figures = work()
-    transient = _transient(work) - owned_bytes
+    transient = None
+    if owned_bytes is not None:
+        # The largest of several: what the kernel takes back meanwhile hides some of a peak.
+        transient = max(_transient(work) for _ in range(3)) - owned_bytes
     say(json.dumps({"figures": figures, "transient_bytes": transient}))
     for _ in sys.stdin:
         began = time.perf_counter()
@@ -66,7 +70,7 @@ class Side:
     python: str = sys.executable
     seconds: list[float] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
-    transient_bytes: int = 0
+    transient_bytes: int | None = None
 
     @property
     def median(self) -> float:

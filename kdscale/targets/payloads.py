@@ -12,6 +12,7 @@ from kdscale.spec import TargetSpec
 from kdscale.targets.sampling import draw_replacement, draw_threshold
 
 CHUNK_BYTES = 64 << 20
+_GROUP = 32
 _BLOCK_BYTES = 1 << 20
 """On processors: elementwise work goes through a chunk by blocks that stay in the cache."""
 
@@ -47,39 +48,63 @@ def targets_of_logits(
 ) -> SoftTargets:
     """Soft targets of a block of logits, which is overwritten."""
     tau = spec.temperature
-    shift_B1 = None
+    shift_B1 = torch.zeros_like(logits_BV[:, :1])
     if tau != 1.0:
         lse1_B1 = torch.logsumexp(logits_BV, -1, keepdim=True)
         logits_BV.div_(tau)
-    lse_B1 = torch.logsumexp(logits_BV, -1, keepdim=True)
-    # tau * (z / tau - lse) + shift = z - lse at temperature 1.
-    shift_B1 = tau * lse_B1 - lse1_B1 if tau != 1.0 else torch.zeros_like(lse_B1)
-    logp_BV = logits_BV.sub_(lse_B1)
     if spec.payload == "dense":
-        return DenseTargets(labels_B, logp_BV.clamp_max(0.0).cpu(), tau)
-    k = min(spec.k, logp_BV.shape[-1])
-    top_logp, top_ids = logp_BV.topk(k, dim=-1)
-    prob_BV = logp_BV.exp()
-    # 0 * -inf: a token that the softcap or a mask rules out adds nothing.
-    entropy_B = -_row_dot(prob_BV, logp_BV.clamp_min_(torch.finfo(logp_BV.dtype).min))
+        logits_BV.sub_(torch.logsumexp(logits_BV, -1, keepdim=True))
+        return DenseTargets(labels_B, logits_BV.clamp_max_(0.0).cpu(), tau)
+    k = min(spec.k, logits_BV.shape[-1])
+    top_BK, top_ids_BK = largest(logits_BV, k)
+    peak_B1 = top_BK[:, :1]
+    # exp(-inf) = 0 times -inf: a token that the softcap or a mask rules out adds nothing.
+    centred_BV = logits_BV.sub_(peak_B1).clamp_min_(torch.finfo(logits_BV.dtype).min)
+    weight_BV = centred_BV.exp()
+    mass_B1 = weight_BV.sum(-1, keepdim=True)
+    log_mass_B1 = mass_B1.log()
+    entropy_B = (log_mass_B1 - _row_dot(weight_BV, centred_BV)[:, None] / mass_B1).squeeze(1)
+    if tau != 1.0:
+        # tau * (z / tau - lse) + shift = z - lse at temperature 1.
+        shift_B1 = tau * (peak_B1 + log_mass_B1) - lse1_B1
     if spec.payload == "sampled":
         assert uniforms_B is not None
         draw = draw_threshold if spec.sampler == "threshold" else draw_replacement
-        uniforms = torch.from_numpy(uniforms_B).to(prob_BV.device)
-        ids_BK, weight_BK, count_B, kept_B = draw(prob_BV, top_ids, k, uniforms)
+        uniforms = torch.from_numpy(uniforms_B).to(weight_BV.device)
+        ids_BK, weight_BK, count_B, kept_B = draw(weight_BV.div_(mass_B1), top_ids_BK, k, uniforms)
         counts = (count_B.int().cpu(), kept_B.int().cpu())
         return SampledTargets(labels_B, ids_BK.int().cpu(), weight_BK.cpu(), *counts, entropy_B.cpu(), tau)
     # Summing what is left, rather than 1 - sum(kept), keeps small tails exact.
-    prob_BV.scatter_(1, top_ids, 0.0)
+    tail_B1 = weight_BV.scatter_(1, top_ids_BK, 0.0).sum(-1, keepdim=True)
     return TopkTargets(
         labels_T=labels_B,
-        ids_TK=top_ids.int().cpu(),
-        logp_TK=top_logp.clamp_max(0.0).cpu(),
-        tail_logp_T=prob_BV.sum(-1).log().clamp_max(0.0).cpu(),
+        ids_TK=top_ids_BK.int().cpu(),
+        logp_TK=top_BK.sub(peak_B1).sub_(log_mass_B1).clamp_max_(0.0).cpu(),
+        tail_logp_T=(tail_B1.log() - log_mass_B1).clamp_max_(0.0).squeeze(1).cpu(),
         entropy_T=entropy_B.cpu(),
         shift_T=shift_B1.squeeze(1).cpu(),
         temperature=tau,
     )
+
+
+def largest(values_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values [B, k], indices [B, k]) of the k largest of each row, largest first; what ``topk`` gives, up to ties.
+
+    Looked for in groups: the k largest lie in the k groups with the largest maxima, so only those are searched. On a processor
+    that takes a fifth of the time where groups are many.
+    """
+    groups = values_BV.shape[-1] // _GROUP
+    if values_BV.device.type != "cpu" or groups < 4 * k:
+        return values_BV.topk(k, dim=-1)
+    whole = groups * _GROUP
+    grouped_BGN = values_BV[:, :whole].unflatten(-1, (groups, _GROUP))
+    group_Bk = grouped_BGN.amax(-1).topk(k, dim=-1, sorted=False).indices
+    index_BC = (group_Bk[..., None] * _GROUP + torch.arange(_GROUP)).flatten(1)
+    if whole < values_BV.shape[-1]:
+        rest = torch.arange(whole, values_BV.shape[-1]).expand(len(values_BV), -1)
+        index_BC = torch.cat([index_BC, rest], dim=1)
+    found_Bk, place_Bk = values_BV.gather(1, index_BC).topk(k, dim=-1)
+    return found_Bk, index_BC.gather(1, place_Bk)
 
 
 def _row_dot(a_BV: torch.Tensor, b_BV: torch.Tensor) -> torch.Tensor:

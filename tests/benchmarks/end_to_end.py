@@ -61,8 +61,8 @@ def leave(work: Path, name: str, save: Callable[[Path], None]) -> None:
 
 
 def kdscale(name: str, work: Path) -> None:
-    """``live`` and ``ready``; for the benchmark of the overlap also ``student`` (ready, with one thread) and ``teacher`` (which
-    only fetches)."""
+    """``live`` and ``ready``; for the benchmark of the overlap also ``student`` (ready, with one thread) and ``fetch`` (which
+    leaves the student alone)."""
     from kdscale.batch import SoftTargets, TokenBatch
     from kdscale.config import load_config
     from kdscale.data.loader import Loader
@@ -80,7 +80,7 @@ def kdscale(name: str, work: Path) -> None:
     from kdscale.student.module import StudentModule
     from kdscale.student.step import DataParallelStep, MicroBatch
 
-    served, threads = name in ("live", "teacher"), 2 if name == "ready" else 1
+    served, threads = name in ("live", "fetch"), 2 if name == "ready" else 1
     config = load_config(CONFIG, OVERRIDES)
     device = process.Member(0, 1)
     joined = device.join(device.open_store("127.0.0.0/8"), "127.0.0.0/8", 60.0, 0)
@@ -116,7 +116,7 @@ def kdscale(name: str, work: Path) -> None:
     def block() -> dict[str, float]:
         for _ in range(BLOCK):
             number = next(numbers)
-            if name == "teacher":
+            if name == "fetch":
                 for _ in range(cut.micro_steps):
                     prefetcher.next()
                 continue

@@ -25,7 +25,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kdscale-benchmark-") as temporary:
         work = Path(temporary)
         end_to_end.make_inputs(work)
-        sides = [Side(name, [name, "--work", temporary]) for name in ("live", "student", "teacher")]
+        sides = [Side(name, [name, "--work", temporary]) for name in ("live", "student", "fetch")]
         teacher = end_to_end.served_teacher(work)
         try:
             compare("tests.benchmarks.end_to_end", sides, end_to_end.ROUNDS)

@@ -1,11 +1,13 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdscale.batch import TopkTargets
 from kdscale.head import Head, HeadSpec
 from kdscale.spec import TargetSpec
 from kdscale.targets import payloads
-from kdscale.targets.payloads import make_targets
+from kdscale.targets.payloads import largest, make_targets
 
 
 def topk_targets(hidden, head, labels, *, k: int, temperature: float) -> TopkTargets:
@@ -51,3 +53,24 @@ def test_no_position():
     found = topk_targets(torch.ones(0, 3), head, torch.zeros(0), k=2, temperature=1.0)
     assert len(found) == 0
     assert found.ids_TK.shape == (0, 2)
+
+
+@given(st.integers(0, 5), st.sampled_from([31, 500, 1024, 5000]), st.integers(1, 40), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_the_largest_are_those_of_topk(rows: int, vocab: int, k: int, seed: int):
+    values = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+    k = min(k, vocab)
+    found, ids = largest(values, k)
+    expected = values.topk(k)
+    assert torch.equal(found, expected.values)
+    assert torch.equal(ids, expected.indices)
+
+
+def test_the_largest_with_ties_and_ruled_out_tokens():
+    values = torch.full((2, 4096), -torch.inf)
+    values[:, ::9] = 1.0
+    values[1, 4095] = 2.0
+    found, ids = largest(values, 5)
+    assert found.tolist() == [[1.0] * 5, [2.0] + [1.0] * 4]
+    assert torch.equal(values.gather(1, ids), found)
+    assert all(len(set(row)) == 5 for row in ids.tolist())

@@ -94,8 +94,14 @@ def _stream(config: RunConfig, teacher: ModelFiles) -> Table:
     size = row_bytes(spec, teacher.vocab_size, teacher.hidden_size or 0)
     per_step = size * config.train.batch_rows * config.data.row_tokens
     in_flight = size * config.train.micro_rows * config.data.row_tokens * config.stream.in_flight
-    names = {"topk": f"top-{spec.k} + tail", "sampled": f"{spec.k} samples", "hidden": "hidden states", "dense": "all"}
-    table.add_row("payload", f"{names[spec.payload]} as {spec.encoding}, {size} bytes a token")
+    most = "at most " if spec.payload == "sampled" else ""
+    names = {
+        "topk": f"top-{spec.k} + tail",
+        "sampled": f"at most {spec.k} samples",
+        "hidden": "hidden states",
+        "dense": "all",
+    }
+    table.add_row("payload", f"{names[spec.payload]} as {spec.encoding}, {most}{size} bytes a token")
     table.add_row("a step", f"at most {_size(per_step)}")
     table.add_row("in flight, per student rank", f"at most {_size(in_flight)}")
     rate = _size(size * _REFERENCE_TOKENS_PER_SECOND)

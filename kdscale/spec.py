@@ -34,7 +34,7 @@ class TargetSpec:
 
     payload: Payload
     k: int = 0
-    """Entries (``topk``, ``sampled``)."""
+    """Entries (``topk``), or the most of them (``sampled``)."""
     temperature: float = 1.0
     """Applied before truncation; ``hidden`` has none."""
     encoding: Encoding = "float16"

@@ -8,7 +8,8 @@ The quickstart's teacher, student and rows; 4 x 256 tokens a step, AdamW at a co
 bfloat16 products with float32 master weights, the same batches in the same order. Two threads in all:
 
 - ``live``: kdscale; ``kdscale teacher`` with one thread in processes of its own, the student with the other. A round ends
-  when the teacher has refilled the window, so that it has scored as many tokens as were trained on;
+  when the teacher has refilled the window, so that it has scored as many tokens as were trained on. That refill is part
+  of the time, though a run without turns would not wait for it: up to 0.6 s a step here;
 - ``ready``: kdscale, targets of the same payload (top-64 + tail) at hand, the student with both threads;
 - ``plain`` (the control): one process, plain transformers and autograd over whole logits;
 - ``trl``, ``trl-liger``: TRL's GKDTrainer with lmbda 0 and beta 0, without and with Liger's fused loss. It knows no packed

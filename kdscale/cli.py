@@ -1,8 +1,9 @@
 """The command line. Heavy imports come after parsing, so that ``--help`` and mistakes answer at once."""
 
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.console import Console
 from kdscale import __version__, log, supervise
 from kdscale.config import RunConfig, load_config
 from kdscale.config.load import dump_resolved
+from kdscale.credentials import ACCESS_FILE
 from kdscale.errors import ConfigError, KdscaleError
 
 app = typer.Typer(
@@ -61,7 +63,8 @@ def train(
 
 @app.command(
     epilog="Examples:  kdscale teacher configs/quickstart.yaml --write runs/teacher.json  |  kdscale train"
-    " configs/quickstart.yaml --teacher-endpoints runs/teacher.json"
+    " configs/quickstart.yaml --teacher-endpoints runs/teacher.json  |  kdscale teacher configs/quickstart.yaml --join"
+    " runs/quickstart"
 )
 def teacher(
     config: ConfigFile,
@@ -69,10 +72,21 @@ def teacher(
     write: Annotated[Path, typer.Option(help="where to write the access file (address and token, mode 0600)")] = Path(
         "runs/teacher.json"
     ),
+    join: Annotated[
+        Path | None,
+        typer.Option(help="serve a run in progress instead, as further replicas: its directory, or an access file"),
+    ] = None,
 ) -> None:
     """Serve the config's teacher for runs elsewhere, until Ctrl-C."""
-    settings = load_config(config, [*(overrides or []), "run.name=teacher"])
-    _drive("serve", settings, str(write), None)
+    if join is None:
+        _drive("serve", load_config(config, [*(overrides or []), "run.name=teacher"]), str(write), None)
+    access_file = join / ACCESS_FILE if join.is_dir() else join
+    if not access_file.is_file():
+        raise ConfigError(f"--join {join}: {access_file} does not exist; a run that serves a teacher keeps it there")
+    # Several may join from one machine, and none leaves anything: what a run would keep goes when this ends.
+    with tempfile.TemporaryDirectory(prefix="kdscale-join-") as scratch:
+        settings = load_config(config, [*(overrides or []), f"run.dir={scratch}", "run.name=joined"])
+        _drive("join", settings, str(access_file.absolute()), None)
 
 
 @app.command(
@@ -171,7 +185,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _drive(flow: str, settings: RunConfig, argument: str, teacher_endpoints: Path | None) -> None:
+def _drive(flow: str, settings: RunConfig, argument: str, teacher_endpoints: Path | None) -> NoReturn:
     """Run a flow of the driver under supervision and exit with its code."""
     directory = Path(settings.run.dir) / settings.run.name
     resolved = directory / ("config.yaml" if flow == "train" else f"{flow}.yaml")

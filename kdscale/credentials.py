@@ -6,6 +6,9 @@ RUN_NAME = "kdscale-run"
 """The one name in every certificate of a run. Who connects checks this name instead of the address, so certificates can be
 made before it is known where ranks will listen; what tells one run from another is its authority."""
 
+ACCESS_FILE = "access.json"
+"""In the directory of a run in progress: what opens its teacher to those who may read it (``stream.protocol.Access``)."""
+
 
 @dataclass(frozen=True)
 class Credentials:

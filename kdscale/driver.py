@@ -1,6 +1,7 @@
 """A run from config to summary: place, start teacher and student, watch, stop."""
 
 import json
+import secrets
 import sys
 import threading
 import time
@@ -11,17 +12,34 @@ from typing import Any
 import ray
 
 from kdscale import log, supervise
+from kdscale.cluster.restarts import Restarts
 from kdscale.config.load import load_resolved
+from kdscale.credentials import ACCESS_FILE
 from kdscale.display import Display
-from kdscale.engine.checkpoint import find
-from kdscale.errors import KdscaleError
-from kdscale.metrics import MetricsFile, StepMetrics
-from kdscale.prepare import corpus_of, prepare, run_identity
-from kdscale.start import Job, OwnTeacher, ServedTeacher, Stopped, place, start_students, start_teacher
+from kdscale.engine.checkpoint import Checkpoint, find
+from kdscale.errors import KdscaleError, StudentError
+from kdscale.metrics import StepMetrics
+from kdscale.prepare import Prepared, corpus_of, prepare, run_identity
+from kdscale.start import (
+    Job,
+    OwnTeacher,
+    ServedTeacher,
+    Slots,
+    Stopped,
+    load_access,
+    place,
+    start_replicas,
+    start_students,
+    start_teacher,
+)
+from kdscale.stream.joining import RemoteRegistry
 from kdscale.student.service import StudentGroup
 from kdscale.summary import make_summary, measure_models
 
+_LOG = log.get(__name__)
 _POLL_S = 0.25
+_LEAVING_S = 2.5
+_TEARDOWN_S = 3.0
 
 
 def train(job: Job, resume: str) -> None:
@@ -33,20 +51,56 @@ def train(job: Job, resume: str) -> None:
     with ExitStack() as stack:
         slots = place(job, stack)
         teacher = start_teacher(job, prepared, slots, stack)
+        teacher.invite(job.directory / ACCESS_FILE, stack)
         corpus = corpus_of(config, prepared, job.display.count)
         identity = run_identity(config, prepared, corpus)
-        students = start_students(job, prepared, identity, checkpoint, slots, stack)
-        access = teacher.open()
-        facts = students.built()
-        students.start("run", access)
-        metrics = MetricsFile(job.directory / "metrics.jsonl", facts["start_step"])
-        report = watch(job, teacher, students, metrics)
+        student = config.student
+        restarts = Restarts(student.restarts, student.restart_wait_seconds, student.restart_forget_seconds)
+        while True:
+            since = time.monotonic()
+            try:
+                facts, report = train_students(job, prepared, identity, checkpoint, slots, teacher)
+                break
+            except StudentError as fault:
+                back_off(job, fault, restarts, time.monotonic() - since)
+                checkpoint = find(job.directory / "checkpoints", "auto" if resume == "never" else resume)
     job.display.phase("measuring size, speed and memory")
     measured = measure_models(config, prepared.teacher_directory, job.directory / "student", report, facts)
     summary = make_summary(config, prepared, facts, report, measured)
-    summary["wall_seconds"] = time.monotonic() - began
+    summary |= {"student_restarts": restarts.total, "wall_seconds": time.monotonic() - began}
     write_json(job.directory / "summary.json", summary)
     job.display.summary(summary)
+
+
+def train_students(
+    job: Job,
+    prepared: Prepared,
+    identity: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    slots: Slots,
+    teacher: OwnTeacher | ServedTeacher,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One life of the student ranks, from ``checkpoint`` to the end; returns rank 0's facts and its report.
+
+    Raises: StudentError when they are lost; KdscaleError, Stopped.
+    """
+    with ExitStack() as stack:
+        students = start_students(job, prepared, identity, checkpoint, slots, stack)
+        facts = ready(job, teacher, students)
+        students.start("run", teacher.access)
+        return facts, watch(job, teacher, students)
+
+
+def back_off(job: Job, fault: StudentError, restarts: Restarts, lived_s: float) -> None:
+    """Wait before the student starts again. Raises: StudentError when no restart is left; Stopped."""
+    if job.stop.is_set():
+        raise Stopped(f"and the student was lost: {fault}")
+    if not restarts.spend(lived_s):
+        raise StudentError(f"{fault}; no restart is left (student.restarts = {restarts.allowed})")
+    _LOG.warning("the student is lost: %s", fault)
+    job.display.phase(f"starting the student again from its newest checkpoint ({restarts}) after {restarts.wait_s:g} s")
+    if job.stop.wait(restarts.wait_s):
+        raise Stopped("before the student was started again")
 
 
 def evaluate(job: Job, resume: str) -> None:
@@ -59,10 +113,9 @@ def evaluate(job: Job, resume: str) -> None:
         corpus = corpus_of(job.config, prepared, job.display.count)
         identity = run_identity(job.config, prepared, corpus)
         students = start_students(job, prepared, identity, checkpoint, slots, stack)
-        access = teacher.open()
-        students.built()
-        students.start("evaluate", access)
-        report = watch(job, teacher, students, None)
+        ready(job, teacher, students)
+        students.start("evaluate", teacher.access)
+        report = watch(job, teacher, students)
     job.display.close()
     write_json(job.directory / "evaluation.json", report)
     print(json.dumps(report, indent=1))
@@ -73,22 +126,73 @@ def serve(job: Job, endpoints_file: Path) -> None:
     prepared = prepare(job.config)
     with ExitStack() as stack:
         teacher = start_teacher(job, prepared, place(job, stack, student=False), stack)
-        teacher.open().save(endpoints_file)
-        stack.callback(endpoints_file.unlink, missing_ok=True)
+        ready(job, teacher, None)
+        assert isinstance(teacher, OwnTeacher)
+        teacher.invite(endpoints_file, stack)
         job.display.phase(f"serving; runs elsewhere use --teacher-endpoints {endpoints_file} (Ctrl-C ends)")
         while not job.stop.wait(_POLL_S):
-            show(teacher.events(), None, job.display)
+            show(teacher.events(), job.display)
     raise Stopped("the teacher was asked to")
 
 
-def watch(
-    job: Job, teacher: OwnTeacher | ServedTeacher, students: StudentGroup, metrics: MetricsFile | None
-) -> dict[str, Any]:
+def join(job: Job, access_file: Path) -> None:
+    """Serve replicas of the teacher to the run that ``access_file`` opens, until it ends or we are asked to leave.
+
+    Raises: KdscaleError, Stopped.
+    """
+    access = load_access(access_file, job.config.stream)
+    prepared = prepare(job.config)
+    with ExitStack() as stack:
+        # Before anything is started: whether the run is there, and wants a teacher of this meaning.
+        registry = RemoteRegistry(access, prepared.meaning)
+        stack.callback(registry.close)
+        slots = place(job, stack, student=False)
+        teacher = start_replicas(job, prepared, slots, registry, access, f"joined-{secrets.token_hex(4)}", stack)
+        ready(job, teacher, None)
+        job.display.phase(f"serving the run whose directory is {access.directory} (Ctrl-C leaves it)")
+        while not job.stop.wait(_POLL_S):
+            show(teacher.events(), job.display)
+            if registry.fault is not None and access_file.exists():
+                raise registry.fault
+            if not access_file.exists():
+                job.display.phase("the run has ended")
+                return
+        leave(job, teacher, registry)
+    raise Stopped("the teacher has left the run")
+
+
+def leave(job: Job, teacher: OwnTeacher, registry: RemoteRegistry) -> None:
+    """Take no further request, and finish those in hand within the grace."""
+    job.display.phase("leaving the run after the requests in hand")
+    registry.leave()
+    # A student may use what it knew of the directory until it asks again, and a heartbeat is as old as its period.
+    until = time.monotonic() + _LEAVING_S
+    deadline = time.monotonic() + job.config.cluster.grace_seconds - _TEARDOWN_S
+    while time.monotonic() < until or (not teacher.idle() and time.monotonic() < deadline):
+        show(teacher.events(), job.display)
+        time.sleep(_POLL_S)
+
+
+def ready(job: Job, teacher: OwnTeacher | ServedTeacher, students: StudentGroup | None) -> dict[str, Any]:
+    """Wait until the teacher serves and every student rank, if any, is built; returns rank 0's facts. The parts know their
+    limits. Raises: KdscaleError, Stopped."""
+    facts: dict[str, Any] | None = {} if students is None else None
+    while facts is None or not teacher.serves:
+        show(teacher.events(), job.display)
+        if students is not None:
+            show(students.events(), job.display)
+            facts = students.built()
+        if job.stop.wait(_POLL_S):
+            raise Stopped("before anything was trained")
+    return facts
+
+
+def watch(job: Job, teacher: OwnTeacher | ServedTeacher, students: StudentGroup) -> dict[str, Any]:
     """Show what happens until every student rank has reported; returns rank 0's report.
 
     Raises:
         TeacherError: the teacher is lost, and not to be rebuilt.
-        StudentError: a rank died; or whatever a rank raised.
+        StudentError: a rank died, or does not answer; or whatever a rank raised.
         Stopped: the run was asked to stop, and the students left or their grace was over.
     """
     reports: dict[Any, dict[str, Any]] = {}
@@ -98,7 +202,7 @@ def watch(
         pending = [call for call in students.running if call not in reports]
         ready, _ = ray.wait(pending, timeout=_POLL_S)
         events = [*teacher.events(), *students.events()]
-        show(events, metrics, job.display)
+        show(events, job.display)
         for call in ready:
             reports[call] = students.result(call)
         if job.stop.is_set() and deadline is None:
@@ -109,21 +213,18 @@ def watch(
             teacher.release()
         if deadline is not None and time.monotonic() > deadline:
             raise Stopped(f"nothing was saved within cluster.grace_seconds = {grace_s:g}")
-    show(students.events(), metrics, job.display)
+    show(students.last_events(), job.display)
     report = reports[students.running[0]]
     if report.get("stopped"):
         raise Stopped(f"saved at step {report['step']}")
     return report
 
 
-def show(events: list[dict[str, Any]], metrics: MetricsFile | None, display: Display) -> None:
+def show(events: list[dict[str, Any]], display: Display) -> None:
     for event in events:
         match event["kind"]:
             case "step":
-                assert metrics is not None
-                step = StepMetrics(**event["metrics"])
-                metrics.write(step)
-                display.step(step)
+                display.step(StepMetrics(**event["metrics"]))
             case "phase" | "leaving":
                 display.phase(event["phase"])
             case "checkpoint":
@@ -148,8 +249,10 @@ def main(flow: str, config_file: str, argument: str, endpoints: str = "") -> int
                 evaluate(job, argument)
             case "serve":
                 serve(job, Path(argument))
+            case "join":
+                join(job, Path(argument))
             case _:
-                raise ValueError(f"flow {flow!r}: train, evaluate or serve")
+                raise ValueError(f"flow {flow!r}: train, evaluate, serve or join")
         return 0
     except Stopped as stopped:
         job.display.close()

@@ -124,13 +124,13 @@ def item_bytes(dtype: Dtype, gpus_per_rank: int) -> int:
 def host_memory(config: RunConfig) -> int | None:
     """Bytes of host memory all ranks of a run on CPUs need together for weights and model states; ``None``: unknown.
 
-    The teacher's weights are counted once over its ranks, with the file that rank 0 maps while loading.
+    The teacher's weights are counted once a replica, over its ranks, with the file that rank 0 maps while loading.
     """
     files = read_model(config.teacher.model)
     parameters, trained = student_parameters(config.student, files)
     if files.parameters is None or files.file_bytes is None or parameters is None or trained is None:
         return None
-    teacher = files.parameters * item_bytes(config.teacher.dtype, 0) + files.file_bytes
+    teacher = config.teacher.replicas * (files.parameters * item_bytes(config.teacher.dtype, 0)) + files.file_bytes
     parallel, width = config.student.parallel, item_bytes(student_dtype(config), 0)
     # The stages of a pipeline hold one model between them, but each rank builds the whole one first.
     states = student_memory(parameters, trained, config.zero_stage, parallel.data, width)

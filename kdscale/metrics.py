@@ -13,6 +13,8 @@ class StepMetrics:
     step: int
     """Steps done, this one included."""
     num_tokens: int
+    rows_digest: str
+    """xxh3 of the token rows rank 0 trained on, in order: tells one batch from another."""
     loss: float
     soft: float
     hard: float

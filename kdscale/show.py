@@ -38,14 +38,16 @@ def _layout(config: RunConfig) -> Table:
     parallel = student.parallel
     ranks = topology_of(parallel).world
     sharding = f"ZeRO-3 over {teacher.ranks} ranks" if teacher.ranks > 1 else "one rank, not sharded"
-    table.add_row("teacher", f"{sharding}; {teacher.cpus_per_rank} CPU, {teacher.gpus_per_rank} GPU each")
+    replicas = f"{teacher.replicas} replicas: " if teacher.replicas > 1 else ""
+    table.add_row("teacher", f"{replicas}{sharding}; {teacher.cpus_per_rank} CPU, {teacher.gpus_per_rank} GPU each")
     table.add_row(
         "student",
         f"{parallel.pipeline} pipeline x {parallel.data} data = {ranks} ranks, ZeRO-{config.zero_stage};"
         f" {student.cpus_per_rank} CPU, {student.gpus_per_rank} GPU each",
     )
-    cpus = teacher.ranks * teacher.cpus_per_rank + ranks * student.cpus_per_rank
-    table.add_row("in all", f"{cpus} CPU, {teacher.ranks * teacher.gpus_per_rank + ranks * student.gpus_per_rank} GPU")
+    teachers = teacher.replicas * teacher.ranks
+    cpus = teachers * teacher.cpus_per_rank + ranks * student.cpus_per_rank
+    table.add_row("in all", f"{cpus} CPU, {teachers * teacher.gpus_per_rank + ranks * student.gpus_per_rank} GPU")
     return table
 
 

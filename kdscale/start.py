@@ -21,11 +21,11 @@ from kdscale.engine.process import address_in
 from kdscale.errors import StreamError, TeacherError
 from kdscale.estimate import host_memory
 from kdscale.prepare import Prepared
-from kdscale.stream.directory import DirectoryServer, list_endpoints
+from kdscale.stream.directory import DirectoryServer, Registry, list_endpoints
 from kdscale.stream.protocol import Access, require_same_meaning
 from kdscale.student.service import StudentGroup, student_ask
 from kdscale.student.worker import StudentSetup
-from kdscale.teacher.guard import TeacherGuard
+from kdscale.teacher.guard import ReplicaGuard
 from kdscale.teacher.replica import ReplicaSetup
 from kdscale.teacher.service import teacher_ask
 
@@ -51,48 +51,58 @@ class Job:
 
 
 class OwnTeacher:
-    """A replica of this run's own, behind a directory of its own."""
+    """The replicas this process keeps, known to a directory of its own or to that of the run they have joined."""
 
-    def __init__(self, guard: TeacherGuard, access: Access) -> None:
-        self._guard = guard
-        self._access = access
+    def __init__(self, guards: list[ReplicaGuard], registry: Registry, access: Access) -> None:
+        self._guards = guards
+        self._registry = registry
+        self.access = access
 
-    def open(self) -> Access:
-        """Wait until it serves. Raises: TeacherError."""
-        self._guard.open()
-        return self._access
+    @property
+    def serves(self) -> bool:
+        """Whether a replica has served yet."""
+        return any(guard.served for guard in self._guards)
 
     def events(self) -> list[dict[str, Any]]:
-        """What happened to it since the last call. Raises: TeacherError when it is lost for good."""
-        return self._guard.events()
+        """What happened since the last call.
+
+        Raises: the fault of a replica, usually a TeacherError, when all are lost for good and none has joined.
+        """
+        happened = [{"kind": "phase", "phase": phase} for guard in self._guards for phase in guard.phases()]
+        faults = [guard.fault for guard in self._guards if guard.fault is not None]
+        if len(faults) == len(self._guards) and not self._registry.has_hope:
+            raise faults[0]
+        return happened
+
+    def invite(self, path: Path, stack: ExitStack) -> None:
+        """While the stack lasts, an access file at ``path`` lets others use the teacher, or join it."""
+        self.access.save(path)
+        stack.callback(path.unlink, missing_ok=True)
+
+    def idle(self) -> bool:
+        """Whether no replica has a request in hand, as of its last heartbeat."""
+        return all(guard.in_flight == 0 for guard in self._guards)
 
     def release(self) -> None:
         """No target is needed any more: leave the processors to the students."""
-        self._guard.stop(at_once=True)
+        for guard in self._guards:
+            guard.stop(at_once=True)
 
 
 class ServedTeacher:
     """A teacher somebody else serves; its death shows in the stream, not here."""
 
     def __init__(self, access_file: Path, stream: StreamSection, prepared: Prepared) -> None:
-        self._access_file = access_file
-        self._stream = stream
-        self._meaning = prepared.meaning
-
-    def open(self) -> Access:
         """Ask its directory. Raises: TeacherError, IdentityError, StreamError."""
-        access = Access.load(self._access_file)
-        if needs_tls(self._stream) and access.credentials is None:
-            raise StreamError(
-                f"{self._access_file} holds no certificates: that teacher listens plainly, but stream.tls ="
-                f" {self._stream.tls} with stream.network = {self._stream.network} asks for TLS; serve the teacher with"
-                " the same stream section"
-            )
-        listing = list_endpoints(access)
-        if listing.meaning is None or not (listing.endpoints or listing.rebuilding):
-            raise TeacherError(f"the directory at {access.directory} ({self._access_file}) knows no live endpoint")
-        require_same_meaning(self._meaning, listing.meaning)
-        return access
+        self.serves = True
+        self.access = load_access(access_file, stream)
+        listing = list_endpoints(self.access)
+        if not (listing.endpoints or listing.rebuilding):
+            raise TeacherError(f"the directory at {self.access.directory} ({access_file}) knows no live endpoint")
+        require_same_meaning(prepared.meaning, listing.meaning)
+
+    def invite(self, path: Path, stack: ExitStack) -> None:
+        """Who wants to join a teacher asks those who serve it."""
 
     def release(self) -> None:
         """Somebody else's to end."""
@@ -101,9 +111,21 @@ class ServedTeacher:
         return []
 
 
+def load_access(access_file: Path, stream: StreamSection) -> Access:
+    """What opens a teacher that is served elsewhere. Raises: StreamError."""
+    access = Access.load(access_file)
+    if needs_tls(stream) and access.credentials is None:
+        raise StreamError(
+            f"{access_file} holds no certificates: that teacher listens plainly, but stream.tls = {stream.tls} with"
+            f" stream.network = {stream.network} asks for TLS; serve the teacher with the same stream section"
+        )
+    return access
+
+
 @dataclass(frozen=True)
 class Slots:
-    teacher: PlacementGroup | None
+    teachers: list[PlacementGroup]
+    """One a replica; none where somebody else serves the teacher."""
     student: PlacementGroup | None
 
 
@@ -114,16 +136,13 @@ def place(job: Job, stack: ExitStack, *, student: bool = True) -> Slots:
         if needed is not None:
             require_memory(needed, "this run (weights, gradients and optimizer of teacher and student)")
     job.display.phase("starting Ray" if job.config.cluster.address is None else "joining the Ray cluster")
-    asks = {}
-    if job.teacher_endpoints is None:
-        asks["teacher"] = teacher_ask(job.config.teacher)
-    if student:
-        asks["student"] = student_ask(job.config.student)
-    stack.enter_context(cluster(job.config.cluster, list(asks.values()), supervise.temp_dir()))
+    config = job.config
+    teachers = [] if job.teacher_endpoints else [teacher_ask(config.teacher)] * config.teacher.replicas
+    students = [student_ask(config.student)] if student else []
+    stack.enter_context(cluster(config.cluster, [*teachers, *students], supervise.temp_dir()))
     _stop_on_signals(job.stop)
-    wait_s = job.config.cluster.wait_seconds
-    groups = {name: stack.enter_context(reserve(ask, wait_s)) for name, ask in asks.items()}
-    return Slots(groups.get("teacher"), groups.get("student"))
+    groups = [stack.enter_context(reserve(ask, config.cluster.wait_seconds)) for ask in [*teachers, *students]]
+    return Slots(groups[: len(teachers)], groups[-1] if students else None)
 
 
 def _stop_on_signals(stop: threading.Event) -> None:
@@ -137,29 +156,38 @@ def _stop_on_signals(stop: threading.Event) -> None:
 
 
 def start_teacher(job: Job, prepared: Prepared, slots: Slots, stack: ExitStack) -> OwnTeacher | ServedTeacher:
-    """Let the teacher load, without waiting for the end of it."""
+    """Let all replicas load, without waiting for the end of it."""
     config = job.config
     if job.teacher_endpoints is not None:
         return ServedTeacher(job.teacher_endpoints, config.stream, prepared)
-    assert slots.teacher is not None
-    job.display.phase("loading the teacher")
     token = secrets.token_hex(32)
     credentials = Authority().issue() if needs_tls(config.stream) else None
     host, _ = address_in(config.stream.network)
-    endpoints = DirectoryServer(host, config.stream.directory_port, token, credentials)
+    directory = DirectoryServer(host, config.stream.directory_port, token, prepared.meaning, credentials)
+    access = Access(directory.address, token, credentials)
+    return start_replicas(job, prepared, slots, directory, access, "replica", stack)
+
+
+def start_replicas(
+    job: Job, prepared: Prepared, slots: Slots, registry: Registry, access: Access, name: str, stack: ExitStack
+) -> OwnTeacher:
+    """Let replicas ``name-0``, ``name-1``, ... load, to be known to ``registry``, which ``access`` opens."""
+    job.display.phase("loading the teacher")
+    config = job.config
     setup = ReplicaSetup(
         teacher=config.teacher,
         directory=str(prepared.teacher_directory.absolute()),
         meaning=prepared.meaning,
         network=config.stream.network,
-        token=token,
-        credentials=credentials,
+        token=access.token,
+        credentials=access.credentials,
         deterministic=config.run.deterministic,
     )
-    guard = TeacherGuard(setup, slots.teacher, endpoints)
-    stack.callback(guard.stop)
-    guard.begin()
-    return OwnTeacher(guard, Access(endpoints.address, token, credentials))
+    guards = [ReplicaGuard(setup, group, registry, f"{name}-{n}") for n, group in enumerate(slots.teachers)]
+    for guard in guards:
+        stack.callback(guard.stop)
+        guard.start()
+    return OwnTeacher(guards, registry, access)
 
 
 def start_students(

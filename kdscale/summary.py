@@ -61,12 +61,14 @@ def make_summary(
         "student_parameters": student_facts["parameters"],
         "student_parameters_trained": student_facts["parameters_trained"],
         "student_dtype": student_facts["dtype"],
+        # Replicas that serve at the end; the counters of those that have left are gone with them.
+        "teacher_replicas": len({stats["replica"] for stats in teacher_stats}),
         "teacher_ranks": len(teacher_stats),
         "student_ranks": topology_of(config.student.parallel).world,
         # A served teacher's count from when it began to serve, like its counters.
-        "teacher_restarts": teacher_stats[0]["generation"],
+        "teacher_restarts": sum(stats["generation"] for stats in teacher_stats if stats["rank"] == 0),
         "teacher_tokens_per_rank": [stats["tokens"] for stats in teacher_stats],
-        "teacher_forwards": teacher_stats[0]["forwards"],
+        "teacher_forwards": sum(stats["forwards"] for stats in teacher_stats if stats["rank"] == 0),
         "dummy_token_share": dummy / (real + dummy) if real + dummy else None,
         "payload": config.targets.payload if soft else None,
         "bytes_per_token": _bytes_per_token(config, prepared, report) if soft else None,

@@ -183,7 +183,10 @@ def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train.jsonl and heldout.jsonl."""
-    directory = tmp_path_factory.mktemp("text")
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def write_text(directory: Path) -> Path:
     texts = documents(60)
     for name, part in (("train", texts[:50]), ("heldout", texts[50:])):
         (directory / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))

@@ -1,5 +1,6 @@
 """Starting real runs from tests, and looking for what they leave behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -105,7 +106,12 @@ def marked() -> list[psutil.Process]:
 
 def marked_running(words: str) -> list[psutil.Process]:
     """Living processes of a run with ``words`` in their command line."""
-    return [process for process in marked() if words in " ".join(process.cmdline())]
+    found = []
+    for process in marked():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if words in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def assert_nothing_left(within_s: float = 10) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,9 @@ from kdscale.errors import KdscaleError
 
 # Clocks that tell when a process started differ by less, and no pid is used again as fast.
 _SAME_START_S = 2.0
+_LEAVE_S = 1.0
 _GONE_S = 5.0
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Place:
     """Seconds since the epoch: tells a process from a later one with its pid."""
 
 
-def here() -> Place:
-    """The calling process."""
+def _place(actor: Any) -> Place:
+    """Runs in an actor: where it is."""
     me = psutil.Process()
     return Place(ray.get_runtime_context().get_node_id(), os.getpid(), me.create_time())
 
@@ -41,7 +44,7 @@ class RankGroup:
 
     def __init__(self, actor_class: type, ask: Ask, group: PlacementGroup, fault: type[KdscaleError]) -> None:
         self.what = ask.what
-        self._fault = fault
+        self.fault = fault
         env = {
             # Spinning threads would take the cores of the other ranks on the node.
             "OMP_WAIT_POLICY": "PASSIVE",
@@ -72,10 +75,11 @@ class RankGroup:
         self._on_this_node: list[psutil.Process] = []
 
     def locate(self, timeout_s: float) -> None:
-        """Learn which ranks are processes of this node, so that ``kill`` can end a stopped one. The actor class has
-        ``where``. Raises: the group's fault."""
-        this_node = here().node
-        for place in self.all("where", timeout_s=timeout_s):
+        """Wait until every rank is a process, and learn which are of this node, so that ``kill`` can end a stopped one.
+        Raises: the group's fault."""
+        this_node = ray.get_runtime_context().get_node_id()
+        calls = [actor.__ray_call__.remote(_place) for actor in self.actors]
+        for place in self.gather(calls, "start", timeout_s):
             if place.node != this_node:
                 continue
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -83,23 +87,31 @@ class RankGroup:
                 if abs(process.create_time() - place.started) < _SAME_START_S:
                     self._on_this_node.append(process)
 
-    def all(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> list[Any]:
+    def all(self, method: str, *args: Any, timeout_s: float, meanwhile: Callable[[], Any] | None = None) -> list[Any]:
         """Call ``method`` on every rank and wait for all answers. Raises: the group's fault, naming the rank."""
-        return self.gather([getattr(actor, method).remote(*args, **kwargs) for actor in self.actors], method, timeout_s)
+        calls = [getattr(actor, method).remote(*args) for actor in self.actors]
+        return self.gather(calls, method, timeout_s, meanwhile)
 
-    def gather(self, calls: list[Any], method: str, timeout_s: float) -> list[Any]:
-        """The answers to one call per rank, all within ``timeout_s``; the first rank that fails ends the wait."""
+    def gather(
+        self, calls: list[Any], method: str, timeout_s: float, meanwhile: Callable[[], Any] | None = None
+    ) -> list[Any]:
+        """The answers to one call per rank, all within ``timeout_s``; the first rank that fails ends the wait.
+        ``meanwhile`` is called twice a second, and what it raises ends the wait too."""
         left = dict(zip(calls, range(len(calls)), strict=True))
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
         while left:
-            ready, _ = ray.wait(list(left), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise self._fault(
+            wait_s = max(0.0, deadline - time.monotonic())
+            ready, _ = ray.wait(list(left), num_returns=1, timeout=min(_POLL_S, wait_s) if meanwhile else wait_s)
+            if ready:
+                rank = left.pop(ready[0])
+                answers[rank] = self.result(ready[0], rank, method)
+            elif time.monotonic() >= deadline:
+                raise self.fault(
                     f"{self.what}: rank(s) {sorted(left.values())} did not answer {method!r} within {timeout_s:g} s"
                 )
-            rank = left.pop(ready[0])
-            answers[rank] = self.result(ready[0], rank, method)
+            if meanwhile is not None:
+                meanwhile()
         return [answers[rank] for rank in sorted(answers)]
 
     def result(self, call: Any, rank: int, method: str) -> Any:
@@ -110,24 +122,72 @@ class RankGroup:
             cause = error.cause
             if isinstance(cause, KdscaleError):
                 raise type(cause)(f"{self.what}, rank {rank}: {cause}") from None
-            raise self._fault(f"{self.what}, rank {rank} failed in {method!r}: {error}") from None
+            raise self.fault(f"{self.what}, rank {rank} failed in {method!r}: {error}") from None
         except (RayActorError, GetTimeoutError) as error:
-            raise self._fault(f"{self.what}, rank {rank} died in {method!r}: {str(error).splitlines()[0]}") from None
+            raise self.fault(f"{self.what}, rank {rank} died in {method!r}: {str(error).splitlines()[0]}") from None
         except RayError as error:
-            raise self._fault(f"{self.what}, rank {rank}: {error}") from None
+            raise self.fault(f"{self.what}, rank {rank}: {error}") from None
 
     def kill(self) -> None:
-        """End every rank at once. Returns when those located on this node are gone."""
-        # By pid first: Ray asks a process to leave and waits 5 s for the answer of one that is stopped.
-        for process in self._on_this_node:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(self._on_this_node, timeout=_GONE_S)
+        """End every rank. Returns when those located on this node are gone."""
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
+        # Ray waits 5 s for the answer of a process that is stopped.
+        _, left = psutil.wait_procs(self._on_this_node, timeout=_LEAVE_S)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=_GONE_S)
 
 
-def form_group(group: RankGroup, network: str, timeout_s: float, gpus_per_rank: int) -> None:
-    """Let every rank join one process group, whose store rank 0 opens. The actor class has ``open_store`` and ``join``."""
-    address = group.gather([group.actors[0].open_store.remote(network)], "open_store", timeout_s)[0]
-    group.all("join", address, network, timeout_s, gpus_per_rank, timeout_s=timeout_s)
+class Heartbeats:
+    """One open question to every rank, asked again once it is answered. The actor class has ``beat``, which a thread beside
+    the working one answers: long work is no silence."""
+
+    def __init__(self, group: RankGroup) -> None:
+        self._group = group
+        self._asked: dict[Any, tuple[int, float]] = {}
+        for rank in range(len(group.actors)):
+            self._ask(rank)
+
+    def _ask(self, rank: int) -> None:
+        self._asked[self._group.actors[rank].beat.remote()] = (rank, time.monotonic())
+
+    def owed(self, rank: int) -> Any:
+        """The open question to ``rank``."""
+        return next(call for call, (asked, _) in self._asked.items() if asked == rank)
+
+    def answers(self, limit_s: float, setting: str) -> dict[int, Any]:
+        """What ranks have answered since the last call, by rank.
+
+        Raises: the group's fault for a rank that is dead, or has owed an answer for ``limit_s`` (``setting`` names it).
+        """
+        answered, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
+        answers = {}
+        for call in answered:
+            rank, _ = self._asked.pop(call)
+            answers[rank] = self._group.result(call, rank, "beat")
+            self._ask(rank)
+        for rank, since in self._asked.values():
+            silent_s = time.monotonic() - since
+            if silent_s > limit_s:
+                raise self._group.fault(
+                    f"{self._group.what}, rank {rank} has not answered for {silent_s:.1f} s ({setting} = {limit_s:g})"
+                )
+        return answers
+
+
+def form_group(
+    group: RankGroup,
+    network: str,
+    timeout_s: float,
+    collective_s: float,
+    gpus_per_rank: int,
+    meanwhile: Callable[[], Any] | None = None,
+) -> None:
+    """Let every rank join one process group, whose store rank 0 opens and whose collectives may take ``collective_s``. The
+    actor class has ``open_store`` and ``join``."""
+    address = group.gather([group.actors[0].open_store.remote(network)], "open_store", timeout_s, meanwhile)[0]
+    group.all(
+        "join", address, network, timeout_s, collective_s, gpus_per_rank, timeout_s=timeout_s, meanwhile=meanwhile
+    )

@@ -75,7 +75,10 @@ class TeacherSection(Section):
     model: str
     """Model directory or hub name."""
     ranks: int = Field(1, ge=1)
-    """Ray actors of the replica: one ZeRO-3 engine over all of them (1: ZeRO stage 0)."""
+    """Ray actors of a replica: one ZeRO-3 engine over all of them (1: ZeRO stage 0)."""
+    replicas: int = Field(1, ge=1)
+    """Teachers alike that share the requests. When one is lost, the others go on; more may join a run while it trains
+    (``kdscale teacher --join``)."""
     dtype: Dtype = "auto"
     """auto: bfloat16 where the processor multiplies it fast (GPUs, AVX512-BF16, AMX), else float32."""
     max_batch_tokens: int = Field(8192, ge=1)
@@ -84,16 +87,24 @@ class TeacherSection(Section):
     """CPU cores and threads of a rank."""
     gpus_per_rank: int = Field(0, ge=0, le=1)
     """GPUs of a rank; 0 runs on CPU (gloo)."""
-    start_seconds: float = Field(600, gt=0)
-    """Limit for each step of starting or rebuilding a replica: placing its ranks, forming their group, loading."""
+    start_seconds: float = Field(120, gt=0)
+    """Limit until the ranks of a replica are processes, and again until they have formed their group."""
+    load_seconds: float = Field(600, gt=0)
+    """Limit for loading and building a replica."""
+    load_heartbeat_seconds: float = Field(30, ge=1)
+    """Like ``heartbeat_seconds``, while a replica loads: reading weights may keep a rank from answering for a while."""
     heartbeat_seconds: float = Field(4, ge=1)
     """A serving rank that leaves a heartbeat unanswered for this long is lost (stopped, or its node is gone); a dead one is
     noticed at once. A long forward does not count: another thread answers."""
+    forward_seconds: float = Field(600, gt=0)
+    """A rank whose forward runs longer than this is lost: it hangs, though it answers."""
     restarts: int = Field(3, ge=0)
-    """How often a run rebuilds a teacher it has lost, all ranks together, while the students wait. With none left, the run
-    ends with its newest checkpoint. A teacher that has not served yet is not tried again."""
+    """How often in a row a replica that is lost is rebuilt, all ranks together, while students wait or use another one. With
+    none left anywhere, the run ends with its newest checkpoint."""
     restart_wait_seconds: float = Field(1, gt=0)
     """Wait before the first rebuild; doubles with each further one, 60 s at most."""
+    restart_forget_seconds: float = Field(600, gt=0)
+    """A replica that has served for this long counts its restarts, and waits before them, from the beginning."""
 
 
 class ParallelSection(Section):
@@ -123,7 +134,18 @@ class StudentSection(Section):
     gpus_per_rank: int = Field(0, ge=0, le=1)
     """GPUs of a rank; 0 runs on CPU (gloo)."""
     start_seconds: float = Field(600, gt=0)
-    """Limit for placing, loading and building the student."""
+    """Limit until the student's ranks are processes, again until they have formed their group, and again until they are
+    built."""
+    heartbeat_seconds: float = Field(10, ge=1)
+    """A rank that leaves a heartbeat unanswered for this long is lost (stopped, or its node is gone); a dead one is noticed
+    at once."""
+    restarts: int = Field(2, ge=0)
+    """How often in a row a run starts its student again from the newest checkpoint, all ranks together, after one was lost
+    or failed. With none left, the run ends."""
+    restart_wait_seconds: float = Field(1, gt=0)
+    """Like ``teacher.restart_wait_seconds``."""
+    restart_forget_seconds: float = Field(600, gt=0)
+    """Like ``teacher.restart_forget_seconds``, for a student that has lived so long."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
 

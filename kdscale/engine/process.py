@@ -49,10 +49,12 @@ class Member:
         host, port = self._listener.getsockname()
         return host, port
 
-    def join(self, address: tuple[str, int], network: str, timeout_s: float, gpus_per_rank: int) -> torch.device:
+    def join(
+        self, address: tuple[str, int], network: str, timeout_s: float, collective_s: float, gpus_per_rank: int
+    ) -> torch.device:
         """Become part of the group whose store is at ``address``; returns this rank's device.
 
-        Blocks until all ranks are there, ``timeout_s`` at most.
+        Blocks until all ranks are there, ``timeout_s`` at most. A collective of the group may take ``collective_s``.
         """
         device = use_device(gpus_per_rank)
         _, interface = address_in(network)
@@ -60,13 +62,13 @@ class Member:
         # What DeepSpeed reads of the launcher's variables; LOCAL_SIZE apart from WORLD_SIZE keeps it off shared memory.
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK="0", LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
-        timeout = timedelta(seconds=timeout_s)
+        timeout = timedelta(seconds=collective_s)
         store = dist.TCPStore(  # type: ignore[attr-defined]
             address[0],
             address[1],
             self.world,
             is_master=self._listener is not None,
-            timeout=timeout,
+            timeout=timedelta(seconds=timeout_s),
             # The store owns the descriptor from here on.
             master_listen_fd=self._listener.detach() if self._listener is not None else None,
         )

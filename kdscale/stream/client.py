@@ -18,8 +18,8 @@ from kdscale.config.schema import StreamSection
 from kdscale.errors import IdentityError, PayloadError, StreamError
 from kdscale.head import Head
 from kdscale.spec import TargetSpec
-from kdscale.stream.directory import list_endpoints
-from kdscale.stream.protocol import Access, Endpoint, Header, Meaning, call, connect, encode_rows, message
+from kdscale.stream.lines import Line, Lines, Rebuilding, Retry
+from kdscale.stream.protocol import Access, Header, Meaning, call, connect, encode_rows, message
 from kdscale.stream.server import decode_head
 from kdscale.stream.watchdog import Watch, Watchdog
 from kdscale.targets import arrow
@@ -30,26 +30,8 @@ _LOG = log.get(__name__)
 Answer = TypeVar("Answer")
 _SAY_S = 5.0
 _FATAL = {"IdentityError": IdentityError, "PayloadError": PayloadError}
-
-
 _WAIT = tenacity.wait_random_exponential(multiplier=0.2, max=5.0)
 _WAIT_REBUILDING = tenacity.wait_random(0.3, 0.7)
-
-
-class _Retry(Exception):
-    """This attempt failed; another endpoint, or the same one later, may serve."""
-
-
-class _Rebuilding(_Retry):
-    """No endpoint is live, and the directory says that one will be."""
-
-
-@dataclass
-class _Line:
-    endpoint: Endpoint
-    client: fl.FlightClient
-    outstanding: int = 0
-    served: int = 0
 
 
 @dataclass
@@ -73,22 +55,22 @@ class FlightSource:
         self._settings = settings
         self._who = who
         self._lock = threading.Lock()
-        self._lines: dict[Endpoint, _Line] = {}
         self._sequence = 0
         self._said = float("-inf")
         self._watchdog = Watchdog(settings.stall_seconds)
+        self._lines = Lines(access, who, settings.endpoints_per_rank, self._watchdog)
         self.received: dict[str, Received] = {}
         """What answers amounted to, by payload."""
 
     # ---- the contract ----
 
     def fetch(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
-        def receive(line: _Line, header: Header) -> SoftTargets:
+        def receive(line: Line, header: Header) -> SoftTargets:
             parts = self._exchange(line, header, batch)
             try:
                 targets = SoftTargets.join([decode(part, spec, self._meaning.vocab_size) for part in parts])
             except PayloadError as error:
-                raise _Retry(f"{line.endpoint.address}: {error}") from error
+                raise Retry(f"{line.endpoint.address}: {error}") from error
             self.received.setdefault(spec.payload, Received()).add(parts)
             return targets
 
@@ -98,7 +80,7 @@ class FlightSource:
         """The verified record batches of an answer, as they travelled."""
         return self._request(batch, spec, lambda line, header: self._exchange(line, header, batch))
 
-    def _request(self, batch: TokenBatch, spec: TargetSpec, receive: Callable[[_Line, Header], Answer]) -> Answer:
+    def _request(self, batch: TokenBatch, spec: TargetSpec, receive: Callable[[Line, Header], Answer]) -> Answer:
         with self._lock:
             self._sequence += 1
             request = f"{self._who}-{batch.number}-{self._sequence}"
@@ -110,43 +92,45 @@ class FlightSource:
         return self._retrying("head", 0, self._get_head)
 
     def teacher_stats(self) -> list[dict[str, Any]]:
-        """Counters of every live rank."""
+        """Counters of every live rank, by replica and rank."""
 
         def once() -> list[dict[str, Any]]:
-            self._refresh()
-            with self._lock:
-                lines = sorted(self._lines.values(), key=lambda line: (line.endpoint.replica, line.endpoint.rank))
-            return [self._calling(line, self._get_stats) for line in lines]
+            endpoints = sorted(self._lines.listing().endpoints, key=lambda one: (one.replica, one.rank))
+            stats = []
+            for endpoint in endpoints:
+                with connect(endpoint.address, self._access.credentials) as client:
+                    stats.append(self._calling(Line(endpoint, client), self._get_stats))
+            return stats
 
         return self._patiently("stats", once)
 
     def close(self) -> None:
+        self._lines.close()
         self._watchdog.close()
-        for line in self._lines.values():
-            line.client.close()
 
     # ---- which endpoint, and again ----
 
-    def _retrying(self, request: str, tokens: int, attempt: Callable[[_Line], Answer]) -> Answer:
+    def _retrying(self, request: str, tokens: int, attempt: Callable[[Line], Answer]) -> Answer:
         def once() -> Answer:
-            line = self._acquire(tokens)
+            line = self._lines.acquire(tokens)
             try:
                 return self._calling(line, attempt)
             finally:
-                self._release(line, tokens)
+                self._lines.release(line, tokens)
 
         return self._patiently(request, once)
 
-    def _calling(self, line: _Line, attempt: Callable[[_Line], Answer]) -> Answer:
-        """``attempt`` on one endpoint. Raises: _Retry; or what every endpoint would answer."""
+    def _calling(self, line: Line, attempt: Callable[[Line], Answer]) -> Answer:
+        """``attempt`` on one endpoint. Raises: Retry; or what every endpoint would answer."""
         try:
             return attempt(line)
         except (fl.FlightError, pa.ArrowException, OSError) as error:
             fatal = _FATAL.get(getattr(error, "extra_info", b"").decode(errors="replace"))
             if fatal is not None:
                 raise fatal(f"teacher {line.endpoint.address}: {_first_line(error)}") from error
-            self._drop(line)
-            raise _Retry(f"{line.endpoint.address}: {type(error).__name__}: {_first_line(error)}") from error
+            elsewhere = self._lines.drop(line.endpoint)
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+            raise Retry(f"{line.endpoint.address}: {reason}", elsewhere=elsewhere) from error
 
     def _patiently(self, request: str, once: Callable[[], Answer]) -> Answer:
         """``once`` until it serves.
@@ -164,8 +148,8 @@ class FlightSource:
             return time.monotonic() - since >= self._settings.give_up_seconds
 
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_Retry),
-            wait=lambda state: (_WAIT_REBUILDING if _is_rebuilding(state) else _WAIT)(state),
+            retry=tenacity.retry_if_exception_type(Retry),
+            wait=_wait,
             stop=give_up,
             before_sleep=lambda state: self._say_failed(request, state),
         )
@@ -180,73 +164,20 @@ class FlightSource:
 
     def _say_failed(self, request: str, state: tenacity.RetryCallState) -> None:
         fault = state.outcome.exception() if state.outcome else None
-        if not isinstance(fault, _Rebuilding):
+        if not isinstance(fault, Rebuilding):
             _LOG.warning("request %s failed, trying again: %s", request, fault)
         # All requests in flight wait for the same thing: say it once a period, not once a request.
         elif time.monotonic() - self._said >= _SAY_S:
             self._said = time.monotonic()
             _LOG.warning("request %s and those after it wait: %s", request, fault)
 
-    def _acquire(self, tokens: int) -> _Line:
-        if not self._lines:
-            self._refresh()
-        with self._lock:
-            if not self._lines:
-                raise _Retry("the teacher's endpoints failed again at once")
-            # Ties go to the rank that has served least, so that ranks share the work evenly.
-            line = min(self._lines.values(), key=lambda one: (one.outstanding, one.served, one.endpoint.rank))
-            line.outstanding += tokens
-            line.served += tokens
-            return line
-
-    def _release(self, line: _Line, tokens: int) -> None:
-        with self._lock:
-            line.outstanding -= tokens
-
-    def _drop(self, line: _Line) -> None:
-        """Forget an endpoint that failed, and the others of its generation, which lives and dies as one; the directory is
-        asked again when none is left."""
-        failed = line.endpoint
-        with self._lock:
-            for other in list(self._lines):
-                if other.replica == failed.replica and other.generation <= failed.generation:
-                    del self._lines[other]
-
-    def _refresh(self) -> None:
-        """Keep lines to the endpoints that the directory lists now, and to no other: an older generation is gone.
-
-        Raises: _Retry when it lists none.
-        """
-        try:
-            listing = list_endpoints(self._access)
-        except StreamError as error:
-            raise _Retry(str(error)) from error
-        with self._lock:
-            before = self._lines
-            self._lines = {
-                endpoint: before.get(endpoint) or _Line(endpoint, connect(endpoint.address, self._access.credentials))
-                for endpoint in self._mine(listing.endpoints)
-            }
-        if not listing.endpoints:
-            if listing.rebuilding:
-                raise _Rebuilding(f"the teacher is being rebuilt ({', '.join(listing.rebuilding)})")
-            raise _Retry("the directory knows no live endpoint")
-
-    def _mine(self, endpoints: list[Endpoint]) -> list[Endpoint]:
-        """Rendezvous hashing: each student keeps a stable few, so connections don't grow as students x teachers."""
-
-        def weight(endpoint: Endpoint) -> int:
-            return xxhash.xxh3_64_intdigest(f"{self._who}|{endpoint.replica}|{endpoint.rank}".encode())
-
-        return sorted(endpoints, key=weight)[: self._settings.endpoints_per_rank]
-
     # ---- one attempt ----
 
-    def _exchange(self, line: _Line, header: Header, batch: TokenBatch) -> list[pa.RecordBatch]:
+    def _exchange(self, line: Line, header: Header, batch: TokenBatch) -> list[pa.RecordBatch]:
         rows = encode_rows(batch)
         descriptor = fl.FlightDescriptor.for_command(header.dump(self._access.token))
         writer, reader = line.client.do_exchange(descriptor)
-        watch = self._watchdog.watch(reader)
+        watch = self._watchdog.watch(reader, line.endpoint)
         try:
             with writer:
                 writer.begin(rows.schema)
@@ -255,11 +186,11 @@ class FlightSource:
                 return self._receive(reader, header, watch)
         except PayloadError as error:
             # Damaged on the way: the next attempt may come through whole.
-            raise _Retry(f"{line.endpoint.address}: {error}") from error
+            raise Retry(f"{line.endpoint.address}: {error}") from error
         except fl.FlightCancelledError as error:
-            if watch.fired:
-                self._drop(line)
-                raise _Retry(f"{line.endpoint.address}: no progress for {self._settings.stall_seconds:g} s") from error
+            if watch.cancelled_for is not None:
+                elsewhere = self._lines.drop(line.endpoint)
+                raise Retry(f"{line.endpoint.address}: {watch.cancelled_for}", elsewhere=elsewhere) from error
             raise
         finally:
             self._watchdog.forget(watch)
@@ -299,18 +230,26 @@ class FlightSource:
             digest.update(meta["checksum"].encode())
         return parts
 
-    def _get_stats(self, line: _Line) -> dict[str, Any]:
+    def _get_stats(self, line: Line) -> dict[str, Any]:
         return call(line.client, "stats", self._access.token, self._settings.stall_seconds)
 
-    def _get_head(self, line: _Line) -> Head:
+    def _get_head(self, line: Line) -> Head:
         ticket = fl.Ticket(message(self._access.token))
         options = fl.FlightCallOptions(timeout=self._settings.give_up_seconds)
         batches = line.client.do_get(ticket, options).read_all().combine_chunks().to_batches()
         return decode_head(batches[0])
 
 
+def _wait(state: tenacity.RetryCallState) -> float:
+    """Seconds before the next attempt."""
+    fault = state.outcome.exception() if state.outcome is not None else None
+    if isinstance(fault, Retry) and fault.elsewhere:
+        return 0.0
+    return (_WAIT_REBUILDING if isinstance(fault, Rebuilding) else _WAIT)(state)
+
+
 def _is_rebuilding(state: tenacity.RetryCallState) -> bool:
-    return state.outcome is not None and isinstance(state.outcome.exception(), _Rebuilding)
+    return state.outcome is not None and isinstance(state.outcome.exception(), Rebuilding)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,17 +2,32 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.flight as fl
 
 from kdscale.credentials import Credentials
-from kdscale.errors import PlacementError, StreamError
-from kdscale.stream.protocol import Access, Endpoint, Meaning, call, connect, listening, open_message
+from kdscale.errors import IdentityError, PlacementError, StreamError
+from kdscale.stream.protocol import (
+    Access,
+    Endpoint,
+    Meaning,
+    call,
+    connect,
+    listening,
+    open_message,
+    require_same_meaning,
+)
 
 _CALL_SECONDS = 10.0
+LEASE_S = 4.0
+"""A replica that has joined and does not renew within this time is forgotten."""
+
+State = Literal["serving", "rebuilding", "leaving"]
 
 
 @dataclass(frozen=True)
@@ -20,16 +35,46 @@ class Listing:
     """What the directory knows."""
 
     endpoints: list[Endpoint]
-    meaning: Meaning | None
-    """None: no teacher has served yet."""
+    """Of the replicas that take requests."""
+    meaning: Meaning
+    """Of every teacher behind this directory."""
     rebuilding: list[str]
     """Replicas that are lost and will be published again."""
+    leaving: list[str]
+    """Replicas that finish what they have been asked and take nothing more."""
+
+
+class Registry(Protocol):
+    """Where a replica makes itself known: the directory of its own process, or one elsewhere (``joining.py``)."""
+
+    @property
+    def has_hope(self) -> bool:
+        """Whether a replica serves, or is being rebuilt."""
+        ...
+
+    def publish(self, replica: str, endpoints: list[Endpoint]) -> None:
+        """Make a replica's endpoints known, in place of those of its earlier generation."""
+        ...
+
+    def withdraw(self, replica: str, *, rebuilding: bool) -> None:
+        """A replica is lost; with ``rebuilding``, clients are told that it comes back, and wait without giving up."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Entry:
+    state: State
+    endpoints: list[Endpoint] = field(default_factory=list)
+    lease_ends: float = float("inf")
+    """Of this process's monotonic clock; the replicas of the run's own need no lease."""
 
 
 class DirectoryServer(fl.FlightServerBase):
-    """Serves the endpoint list; only the process that made it changes the list."""
+    """A ``Registry`` that serves its list. Replicas of other processes join it by action ``register`` and have to renew."""
 
-    def __init__(self, host: str, port: int, token: str, credentials: Credentials | None = None) -> None:
+    def __init__(
+        self, host: str, port: int, token: str, meaning: Meaning, credentials: Credentials | None = None
+    ) -> None:
         """Plain without ``credentials``. Raises: PlacementError when that would be off loopback, or the port is taken."""
         try:
             super().__init__(**listening(host, port, credentials))
@@ -40,49 +85,139 @@ class DirectoryServer(fl.FlightServerBase):
             ) from error
         self.address = f"{host}:{self.port}"
         self._token = token
+        self._meaning = meaning
         self._lock = threading.Lock()
-        self._endpoints: dict[str, list[Endpoint]] = {}
-        self._meaning: Meaning | None = None
-        self._rebuilding: set[str] = set()
+        self._entries: dict[str, _Entry] = {}
 
-    def publish(self, replica: str, endpoints: list[Endpoint], meaning: Meaning) -> None:
-        """Make a replica's endpoints known, in place of those of its earlier generation."""
+    @property
+    def has_hope(self) -> bool:
+        return any(entry.state != "leaving" for entry in self._live().values())
+
+    def publish(self, replica: str, endpoints: list[Endpoint]) -> None:
         with self._lock:
-            self._endpoints[replica] = endpoints
-            self._meaning = meaning
-            self._rebuilding.discard(replica)
+            self._entries[replica] = _Entry("serving", endpoints)
 
     def withdraw(self, replica: str, *, rebuilding: bool) -> None:
-        """A replica is lost; with ``rebuilding``, clients are told that it comes back, and wait without giving up."""
         with self._lock:
-            self._endpoints.pop(replica, None)
-            (self._rebuilding.add if rebuilding else self._rebuilding.discard)(replica)
+            if rebuilding:
+                self._entries[replica] = _Entry("rebuilding")
+            else:
+                self._entries.pop(replica, None)
+
+    def _live(self) -> dict[str, _Entry]:
+        with self._lock:
+            now = time.monotonic()
+            self._entries = {name: entry for name, entry in self._entries.items() if now < entry.lease_ends}
+            return self._entries
+
+    # ---- what others ask ----
 
     def do_action(self, context: fl.ServerCallContext, action: fl.Action) -> Iterator[fl.Result]:
         try:
-            open_message(action.body.to_pybytes(), self._token)
+            fields = open_message(action.body.to_pybytes(), self._token)
         except StreamError as error:
             raise fl.FlightUnauthenticatedError(str(error)) from error
-        if action.type != "endpoints":
-            raise fl.FlightServerError(f"unknown action {action.type!r}; this is the directory, it knows 'endpoints'")
+        try:
+            match action.type:
+                case "endpoints":
+                    answer = self._listing()
+                case "register":
+                    answer = self._register(fields)
+                case "leave":
+                    answer = self._leave(fields)
+                case other:
+                    raise fl.FlightServerError(
+                        f"unknown action {other!r}; the directory knows 'endpoints', 'register' and 'leave'"
+                    )
+        except (KeyError, TypeError, ValueError) as error:
+            raise fl.FlightServerError(f"malformed {action.type!r}: {error!r}") from error
+        except IdentityError as error:
+            raise fl.FlightServerError(str(error), extra_info=b"IdentityError") from error
+        yield fl.Result(json.dumps(answer).encode())
+
+    def _listing(self) -> dict[str, Any]:
+        live = self._live()
+        return {
+            "endpoints": [
+                asdict(endpoint) for one in live.values() if one.state == "serving" for endpoint in one.endpoints
+            ],
+            "meaning": asdict(self._meaning),
+            "rebuilding": sorted(name for name, one in live.items() if one.state == "rebuilding"),
+            "leaving": sorted(name for name, one in live.items() if one.state == "leaving"),
+        }
+
+    def _register(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """A replica elsewhere says what it is, and that it lives. Raises: IdentityError, ValueError."""
+        replica, state = str(fields["replica"]), fields["state"]
+        require_same_meaning(self._meaning, Meaning(**fields["meaning"]))
+        endpoints = [Endpoint(**one) for one in fields["endpoints"]]
+        if state not in ("serving", "rebuilding", "leaving") or any(one.replica != replica for one in endpoints):
+            raise ValueError(f"{state!r} of {replica!r} with {endpoints}")
         with self._lock:
-            endpoints = [asdict(endpoint) for replica in self._endpoints.values() for endpoint in replica]
-            meaning = asdict(self._meaning) if self._meaning else None
-            rebuilding = sorted(self._rebuilding)
-        yield fl.Result(json.dumps({"endpoints": endpoints, "meaning": meaning, "rebuilding": rebuilding}).encode())
+            if replica in self._entries and self._entries[replica].lease_ends == float("inf"):
+                raise ValueError(f"{replica!r} is the name of one of the run's own")
+            self._entries[replica] = _Entry(state, endpoints, time.monotonic() + LEASE_S)
+        return {"lease_seconds": LEASE_S}
+
+    def _leave(self, fields: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            entry = self._entries.get(str(fields["replica"]))
+            if entry is not None and entry.lease_ends < float("inf"):
+                del self._entries[str(fields["replica"])]
+        return {}
+
+
+class DirectoryClient:
+    """A connection to a run's directory. Safe to call from several threads."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._client: fl.FlightClient | None = None
+
+    def ask(self, action: str, timeout_s: float = _CALL_SECONDS, **fields: Any) -> dict[str, Any]:
+        """One action.
+
+        Raises:
+            StreamError: the directory does not answer, or one of both sides refuses the other.
+            IdentityError: a teacher that joins means something else than the run's own.
+        """
+        client = self._client or connect(self._access.directory, self._access.credentials)
+        self._client = client
+        try:
+            return call(client, action, self._access.token, timeout_s, **fields)
+        except fl.FlightError as error:
+            # A connection that failed tries again ever more seldom; a new one tries at once.
+            self._client = None
+            if getattr(error, "extra_info", b"") == b"IdentityError":
+                raise IdentityError(str(error).split(". ", 1)[0]) from error
+            # Who is refused in a TLS handshake sees a closed socket or an unknown issuer, and can't tell which it was.
+            raise StreamError(
+                f"the endpoint directory at {self._access.directory} does not answer"
+                f" {'over TLS' if self._access.credentials else 'a plain connection'}; if it runs, the token or the"
+                " certificates are another run's or too old: take the access file of the teacher that serves now:"
+                f" {error}"
+            ) from error
+
+    def listing(self) -> Listing:
+        """Raises: StreamError."""
+        answer = self.ask("endpoints")
+        return Listing(
+            endpoints=[Endpoint(**fields) for fields in answer["endpoints"]],
+            meaning=Meaning(**answer["meaning"]),
+            rebuilding=answer["rebuilding"],
+            leaving=answer["leaving"],
+        )
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
 
 
 def list_endpoints(access: Access) -> Listing:
-    """Ask the directory. Raises: StreamError when it does not answer, or one of both sides refuses the other."""
+    """Ask the directory once. Raises: StreamError when it does not answer, or one of both sides refuses the other."""
+    client = DirectoryClient(access)
     try:
-        with connect(access.directory, access.credentials) as client:
-            answer = call(client, "endpoints", access.token, _CALL_SECONDS)
-    except fl.FlightError as error:
-        # Who is refused in a TLS handshake sees a closed socket or an unknown issuer, and can't tell which it was.
-        raise StreamError(
-            f"the endpoint directory at {access.directory} does not answer"
-            f" {'over TLS' if access.credentials else 'a plain connection'}; if it runs, the token or the certificates"
-            f" are another run's or too old: take the access file of the teacher that serves now: {error}"
-        ) from error
-    meaning = Meaning(**answer["meaning"]) if answer["meaning"] else None
-    return Listing([Endpoint(**fields) for fields in answer["endpoints"]], meaning, answer["rebuilding"])
+        return client.listing()
+    finally:
+        client.close()

@@ -19,6 +19,8 @@ from kdscale.spec import TargetSpec
 from kdscale.targets import arrow
 
 PROTOCOL = 2
+# gRPC gives a connection 20 s to come about, in which nothing can cancel the call: too long for a server that is stopped.
+_CONNECTING = [("grpc.min_reconnect_backoff_ms", 4000)]
 
 
 @dataclass(frozen=True)
@@ -211,9 +213,10 @@ def connect(address: str, credentials: Credentials | None = None) -> fl.FlightCl
                 f"no credentials for {address}, and off loopback the token may not travel plainly; take the access file"
                 " that `kdscale teacher` has written"
             )
-        return fl.connect(f"grpc+tcp://{address}")
+        return fl.connect(f"grpc+tcp://{address}", generic_options=_CONNECTING)
     return fl.connect(
         f"grpc+tls://{address}",
+        generic_options=_CONNECTING,
         tls_root_certs=credentials.authority_pem,
         cert_chain=credentials.certificate_pem,
         private_key=credentials.key_pem,

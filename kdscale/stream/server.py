@@ -5,7 +5,9 @@ One request = one ``DoExchange``. Encoding and sending run in Flight's own threa
 
 import json
 import queue
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -60,8 +62,31 @@ class TargetServer(fl.FlightServerBase):
         self._token = token
         self._meaning = meaning
         self._scorer = scorer
+        self._lock = threading.Lock()
+        self.in_flight = 0
+        """Exchanges that have begun and not ended; any thread may read it."""
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._lock:
+            self.in_flight += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.in_flight -= 1
 
     def do_exchange(
+        self,
+        context: fl.ServerCallContext,
+        descriptor: fl.FlightDescriptor,
+        reader: fl.MetadataRecordBatchReader,
+        writer: fl.MetadataRecordBatchWriter,
+    ) -> None:
+        with self._counted():
+            self._exchange(context, descriptor, reader, writer)
+
+    def _exchange(
         self,
         context: fl.ServerCallContext,
         descriptor: fl.FlightDescriptor,

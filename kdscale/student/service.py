@@ -1,11 +1,13 @@
 """The student as the driver sees it: started, polled, stopped as one unit."""
 
+import time
 from typing import Any, Literal
 
+import ray
 from ray.util.placement_group import PlacementGroup
 
 from kdscale.cluster.placement import Ask
-from kdscale.cluster.ranks import RankGroup, form_group
+from kdscale.cluster.ranks import Heartbeats, RankGroup, form_group
 from kdscale.config.schema import StudentSection
 from kdscale.engine.settings import topology_of
 from kdscale.errors import StudentError
@@ -22,20 +24,32 @@ class StudentGroup:
 
     def __init__(self, setup: StudentSetup, group: PlacementGroup) -> None:
         self._setup = setup
-        student = setup.config.student
-        self._limit_s = student.start_seconds
-        self._ranks = RankGroup(StudentRank, student_ask(student), group, StudentError)
+        self._student = setup.config.student
+        self._ranks = RankGroup(StudentRank, student_ask(self._student), group, StudentError)
         self.running: list[Any] = []
 
     def begin(self) -> None:
-        """Form the group and let every rank build, without waiting for the end of it."""
-        student = self._setup.config.student
-        form_group(self._ranks, self._setup.config.stream.network, self._limit_s, student.gpus_per_rank)
+        """Form the group and let every rank build, without waiting for the end of it. Raises: StudentError."""
+        limit_s = self._student.start_seconds
+        self._ranks.locate(limit_s)
+        self._heartbeats = Heartbeats(self._ranks)
+        network = self._setup.config.stream.network
+        form_group(self._ranks, network, limit_s, limit_s, self._student.gpus_per_rank, self.events)
         self._building = [actor.build.remote(self._setup) for actor in self._ranks.actors]
+        self._build_deadline = time.monotonic() + limit_s
 
-    def built(self) -> dict[str, Any]:
-        """Wait until every rank is built; returns rank 0's facts. Raises: StudentError."""
-        return self._ranks.gather(self._building, "build", self._limit_s)[0]
+    def built(self) -> dict[str, Any] | None:
+        """Rank 0's facts once every rank is built, none before. Raises: StudentError, or the error a rank raised."""
+        ended, left = ray.wait(self._building, num_returns=len(self._building), timeout=0)
+        facts = {
+            rank: self._ranks.result(self._building[rank], rank, "build") for rank in map(self._building.index, ended)
+        }
+        if left and time.monotonic() > self._build_deadline:
+            raise StudentError(
+                f"student: rank(s) {sorted(map(self._building.index, left))} were not built within"
+                f" student.start_seconds = {self._student.start_seconds:g}"
+            )
+        return None if left else facts[0]
 
     def start(self, method: Literal["run", "evaluate"], access: Access) -> None:
         """Let every rank train, or measure only; the calls are in ``running``."""
@@ -46,8 +60,15 @@ class StudentGroup:
         return self._ranks.result(call, self.running.index(call), "run")
 
     def events(self) -> list[dict[str, Any]]:
-        """What rank 0 reports since the last call. Raises: StudentError."""
-        return self._ranks.gather([self._ranks.actors[0].events.remote()], "events", 30)[0]
+        """What rank 0 has reported since the last call. Raises: StudentError for a rank that is dead or silent."""
+        beats = self._heartbeats.answers(self._student.heartbeat_seconds, "student.heartbeat_seconds")
+        return beats.get(0, [])
+
+    def last_events(self) -> list[dict[str, Any]]:
+        """What is left to report after the last result. Raises: StudentError."""
+        calls = [self._heartbeats.owed(0), self._ranks.actors[0].beat.remote()]
+        limit_s = self._student.heartbeat_seconds
+        return [event for call in calls for event in self._ranks.gather([call], "beat", limit_s)[0]]
 
     def ask_to_stop(self) -> None:
         for actor in self._ranks.actors:

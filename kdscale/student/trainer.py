@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import xxhash
+
 from kdscale.batch import TokenBatch
 from kdscale.config.schema import RunConfig
 from kdscale.data.loader import Loader
@@ -86,14 +88,15 @@ class Trainer:
         tokens_only = (batch for batch, _ in self.requests(start)) if prefetcher is None else None
         for number in range(start, self._train.steps):
             began = time.monotonic()
+            digest = xxhash.xxh3_64()
             result = self._step.train(
-                self._fetch(prefetcher, tokens_only),
+                self._fetch(prefetcher, tokens_only, digest),
                 objective_at(self._config.loss, number, self._train.steps),
                 self._loader.batch(number).num_tokens,
                 learning_rate(number, self._train),
                 should_stop=self._should_stop,
             )
-            metrics = self._metrics(number, result, time.monotonic() - began)
+            metrics = self._metrics(number, result, digest.hexdigest(), time.monotonic() - began)
             totals = totals.plus(metrics)
             self._emit(metrics)
             done = number + 1
@@ -103,20 +106,25 @@ class Trainer:
                 return Outcome(done, totals, stopped=True)
         return Outcome(self._train.steps, totals, stopped=False)
 
-    def _fetch(self, prefetcher: Prefetcher | None, tokens_only: Iterator[TokenBatch] | None) -> Iterator[MicroBatch]:
+    def _fetch(
+        self, prefetcher: Prefetcher | None, tokens_only: Iterator[TokenBatch] | None, digest: xxhash.xxh3_64
+    ) -> Iterator[MicroBatch]:
         for _ in range(self._cut.micro_steps):
             if prefetcher is None:
                 assert tokens_only is not None
-                yield MicroBatch(next(tokens_only), None)
+                micro = MicroBatch(next(tokens_only), None)
             else:
                 fetched = prefetcher.next()
-                yield MicroBatch(fetched.batch, fetched.targets, fetched.waited_s)
+                micro = MicroBatch(fetched.batch, fetched.targets, fetched.waited_s)
+            digest.update(micro.batch.ids_RL.tobytes())
+            yield micro
 
-    def _metrics(self, number: int, result: StepResult, seconds: float) -> StepMetrics:
+    def _metrics(self, number: int, result: StepResult, rows_digest: str, seconds: float) -> StepMetrics:
         means, soft = result.means, self._config.loss.soft
         return StepMetrics(
             step=number + 1,
             num_tokens=result.num_tokens,
+            rows_digest=rows_digest,
             loss=result.loss,
             soft=means["soft"],
             hard=means["hard"],

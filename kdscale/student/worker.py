@@ -27,7 +27,7 @@ class StudentSetup:
 
 
 class StudentRank:
-    """The actor. Its methods are called in this order: open_store (rank 0), join, build, run; stop and events any time."""
+    """The actor. Its methods are called in this order: open_store (rank 0), join, build, run; stop and beat any time."""
 
     def __init__(self, rank: int, world: int) -> None:
         log.setup(f"student {rank}")
@@ -41,8 +41,10 @@ class StudentRank:
     def open_store(self, network: str) -> tuple[str, int]:
         return self._member.open_store(network)
 
-    def join(self, address: tuple[str, int], network: str, timeout_s: float, gpus_per_rank: int) -> None:
-        self._device = self._member.join(address, network, timeout_s, gpus_per_rank)
+    def join(
+        self, address: tuple[str, int], network: str, timeout_s: float, collective_s: float, gpus_per_rank: int
+    ) -> None:
+        self._device = self._member.join(address, network, timeout_s, collective_s, gpus_per_rank)
 
     def build(self, setup: StudentSetup) -> dict[str, Any]:
         """Build the student and its engine, and restore the checkpoint; returns its facts."""
@@ -63,8 +65,8 @@ class StudentRank:
         assert self._job is not None
         return self._job.evaluate(access)
 
-    def events(self) -> list[dict[str, Any]]:
-        """What happened since the last call."""
+    def beat(self) -> list[dict[str, Any]]:
+        """What happened since the last call. Answered by a thread beside the one that trains: a long step is no silence."""
         happened = []
         while not self._events.empty():
             happened.append(self._events.get())

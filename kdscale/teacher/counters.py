@@ -1,11 +1,11 @@
-"""What one teacher rank has done so far; carried over when its replica is rebuilt. Plain values only."""
+"""What one teacher rank says of itself and of its work. Plain values only."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Counters:
-    """Sums since the teacher was first started, up to the last heartbeat of each lost generation."""
+    """Sums since the replica was first started, up to the last heartbeat of each lost generation."""
 
     forwards: int = 0
     tokens: int = 0
@@ -17,3 +17,14 @@ class Counters:
 
 
 NOTHING_YET = Counters()
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The answer of a serving rank to a heartbeat."""
+
+    counters: Counters
+    forward_seconds: float
+    """How long the forward in progress has run; 0 between forwards."""
+    in_flight: int
+    """Requests that have arrived and are not answered to the last byte."""

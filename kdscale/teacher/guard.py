@@ -1,119 +1,124 @@
-"""Keeps a teacher serving: a lost generation is killed whole and built again in its place, beside the driver's loop."""
+"""Keeps a replica serving: a lost generation is killed whole and built again in its place, beside the driver's loop."""
 
+import itertools
 import queue
 import threading
-from typing import Any
+import time
 
 from ray.util.placement_group import PlacementGroup
 
 from kdscale import log
+from kdscale.cluster.restarts import Restarts
 from kdscale.errors import KdscaleError, TeacherError
-from kdscale.stream.directory import DirectoryServer
+from kdscale.stream.directory import Registry
 from kdscale.teacher.replica import ReplicaSetup
 from kdscale.teacher.service import TeacherReplica
 
 _LOG = log.get(__name__)
-_LONGEST_WAIT_S = 60.0
 _JOIN_S = 5.0
 
 
-def wait_before(restart: int, first_wait_s: float) -> float:
-    """Seconds before restart ``restart`` (from 1): doubles from ``first_wait_s``, 60 s at most."""
-    return min(_LONGEST_WAIT_S, first_wait_s * 2.0 ** min(restart - 1, 60))
+class ReplicaGuard:
+    """One replica through its generations, in a thread of its own that starts, watches and rebuilds them.
 
-
-class TeacherGuard:
-    """One replica through its generations.
-
-    The first generation starts in the caller's thread and is not tried again: what cannot start once is a matter of the
-    configuration or the machine. Once it serves, a thread watches it. A TeacherError there or in a rebuild costs one of
-    ``teacher.restarts``; any other KdscaleError (a model directory that is gone) would come again, and ends the watch.
+    A TeacherError, wherever a generation had come to, costs one of ``teacher.restarts``. Any other KdscaleError (a model
+    directory that is not there) would come again, and ends the watch.
     """
 
-    def __init__(self, setup: ReplicaSetup, group: PlacementGroup, directory: DirectoryServer) -> None:
+    def __init__(self, setup: ReplicaSetup, group: PlacementGroup, registry: Registry, name: str = "replica-0") -> None:
+        self.name = name
+        self.served = False
+        """Whether a generation has served yet."""
+        self._fault: KdscaleError | None = None
+        teacher = setup.teacher
+        self._restarts = Restarts(teacher.restarts, teacher.restart_wait_seconds, teacher.restart_forget_seconds)
         self._setup = setup
         self._group = group
-        self._directory = directory
-        self._replica = TeacherReplica(setup, group)
+        self._registry = registry
+        self._replica: TeacherReplica | None = None
         self._phases: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._stopping = threading.Event()
-        self._fault: KdscaleError | None = None
         # Held while a generation's actors are made, so that ``stop`` misses none.
         self._making = threading.Lock()
-        self._thread = threading.Thread(target=self._keep, daemon=True, name="teacher-guard")
+        self._thread = threading.Thread(target=self._run, daemon=True, name=f"guard-{name}")
 
-    def begin(self) -> None:
-        """Let the first generation load, without waiting for the end of it. Raises: TeacherError."""
-        self._replica.begin()
-
-    def open(self) -> None:
-        """Wait until the first generation serves, and watch it from here on. Raises: TeacherError."""
-        self._replica.open(self._directory)
+    def start(self) -> None:
+        """Let the first generation load, without waiting for it."""
         self._thread.start()
 
-    def events(self) -> list[dict[str, Any]]:
-        """What happened since the last call. Raises: the fault after which no generation follows."""
-        if not self._thread.is_alive() and not self._stopping.is_set():
-            raise self._fault or TeacherError("the thread that watches the teacher has ended; see the traceback above")
+    @property
+    def fault(self) -> KdscaleError | None:
+        """The fault after which no generation follows; none while there is hope."""
+        if self._thread.is_alive() or self._stopping.is_set():
+            return None
+        return self._fault or TeacherError(f"the thread that watches {self.name} has ended; see the traceback above")
+
+    @property
+    def in_flight(self) -> int:
+        """Requests the replica has in hand, as of its last heartbeats."""
+        return sum(self._replica.in_flight) if self._replica is not None else 0
+
+    def phases(self) -> list[str]:
+        """What happened since the last call, for the person who watches."""
         happened = []
         while not self._phases.empty():
-            happened.append({"kind": "phase", "phase": self._phases.get()})
+            happened.append(self._phases.get())
         return happened
 
     def stop(self, *, at_once: bool = False) -> None:
         """End whatever generation there is, and the watch; serving ends after the forward in progress, if not at once."""
         with self._making:
             self._stopping.set()
-        if at_once:
-            self._replica.kill()
-        else:
-            self._replica.stop()
+        if self._replica is not None:
+            if at_once:
+                self._replica.kill()
+            else:
+                self._replica.stop()
         if self._thread.is_alive():
             self._thread.join(_JOIN_S)
 
     # ---- in the thread ----
 
-    def _keep(self) -> None:
-        restart = 0
-        while not self._stopping.is_set():
-            try:
-                if restart > 0:
-                    self._rebuild(restart)
-                self._replica.watch(self._stopping)
-            except KdscaleError as fault:
-                if self._stopping.is_set():
+    def _run(self) -> None:
+        try:
+            for generation in itertools.count():
+                self._serves_since = float("inf")
+                try:
+                    self._serve(generation)
                     return
-                restart += 1
-                if not self._lost(fault, restart):
-                    return
+                except KdscaleError as fault:
+                    if self._stopping.is_set() or not self._lost(fault):
+                        return
+                self._stopping.wait(self._restarts.wait_s)
+        finally:
+            self._registry.withdraw(self.name, rebuilding=False)
 
-    def _lost(self, fault: KdscaleError, restart: int) -> bool:
-        """Kill what is left of the generation; whether restart ``restart`` follows."""
-        allowed = self._setup.teacher.restarts
-        again = isinstance(fault, TeacherError) and restart <= allowed
-        self._directory.withdraw(self._replica.name, rebuilding=again)
-        if again:
-            _LOG.warning("teacher lost: %s; restart %d of %d", fault, restart, allowed)
-            self._phases.put(f"rebuilding the teacher (restart {restart} of {allowed})")
-        elif isinstance(fault, TeacherError):
-            self._fault = TeacherError(f"{fault}; no restart is left (teacher.restarts = {allowed})")
-        else:
-            self._fault = fault
-        self._replica.kill()
-        return again
-
-    def _rebuild(self, restart: int) -> None:
-        """The next generation, published. Raises: KdscaleError."""
-        wait_s = wait_before(restart, self._setup.teacher.restart_wait_seconds)
-        _LOG.info("teacher: restart %d waits %g s (teacher.restart_wait_seconds)", restart, wait_s)
-        if self._stopping.wait(wait_s):
-            return
+    def _serve(self, generation: int) -> None:
+        """Build a generation, publish it, and watch it until ``stop``. Raises: KdscaleError."""
+        before = self._replica.counters if self._replica is not None else None
         with self._making:
             if self._stopping.is_set():
                 return
-            self._replica = TeacherReplica(
-                self._setup, self._group, self._replica.name, self._replica.generation + 1, self._replica.counters
-            )
+            self._replica = TeacherReplica(self._setup, self._group, self.name, generation, before)
         self._replica.begin()
-        self._replica.open(self._directory)
-        self._phases.put(f"the teacher serves again (generation {self._replica.generation})")
+        self._replica.open(self._registry)
+        self.served, self._serves_since = True, time.monotonic()
+        if generation > 0:
+            self._phases.put(f"{self.name} of the teacher serves again (generation {generation})")
+        self._replica.watch(self._stopping)
+
+    def _lost(self, fault: KdscaleError) -> bool:
+        """Kill what is left of the generation; whether another one follows."""
+        again = isinstance(fault, TeacherError) and self._restarts.spend(time.monotonic() - self._serves_since)
+        self._registry.withdraw(self.name, rebuilding=again)
+        if again:
+            _LOG.warning("%s of the teacher is lost: %s", self.name, fault)
+            wait_s = self._restarts.wait_s
+            self._phases.put(f"rebuilding {self.name} of the teacher ({self._restarts}) after {wait_s:g} s")
+        else:
+            spent = f"; no restart is left (teacher.restarts = {self._restarts.allowed})"
+            self._fault = type(fault)(f"{fault}{spent if isinstance(fault, TeacherError) else ''}")
+            self._phases.put(f"{self.name} of the teacher is lost for good: {self._fault}")
+        if self._replica is not None:
+            self._replica.kill()
+        return again

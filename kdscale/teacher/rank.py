@@ -6,6 +6,7 @@ Flight threads ``submit`` work and wait for the answer; the forward thread runs 
 import itertools
 import queue
 import threading
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -42,6 +43,7 @@ class RankScorer:
         self._pending: dict[int, tuple[Work, queue.SimpleQueue[Answer]]] = {}
         self.counters = before
         """Replaced as a whole after each forward, so any thread may read it."""
+        self._forward_began: float | None = None
 
     def submit(self, request: str, batch: TokenBatch | None, header: Header | None) -> "queue.SimpleQueue[Answer]":
         work: Work = FetchHead() if batch is None or header is None else Score(batch, header.spec)
@@ -55,6 +57,11 @@ class RankScorer:
     def progress(self) -> int:
         return self.counters.forwards
 
+    def forward_seconds(self) -> float:
+        """How long the forward in progress has run; 0 between forwards."""
+        began = self._forward_began
+        return 0.0 if began is None else time.monotonic() - began
+
     def stats(self) -> dict[str, Any]:
         """The counters, with the facts of the build."""
         return self._facts | {"rank": self._rank} | asdict(self.counters)
@@ -66,6 +73,7 @@ class RankScorer:
             TeacherError: a forward failed. The group is one failure unit: its ranks are out of step from here on.
         """
         while (forward := self._lockstep.next_forward()) is not None:
+            self._forward_began = time.monotonic()
             with self._lock:
                 jobs = [self._pending.pop(number) for number in forward.shares[self._rank]]
             try:
@@ -78,6 +86,7 @@ class RankScorer:
             for (_, out), answer in zip(jobs, answers, strict=True):
                 out.put(answer)
             self._count([work for work, _ in jobs])
+            self._forward_began = None
             self._lockstep.done(forward)
 
     def _count(self, works: list[Work]) -> None:

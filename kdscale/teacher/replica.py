@@ -4,14 +4,17 @@ Only plain values go in and out; torch and DeepSpeed load on the rank's own node
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdscale import log
-from kdscale.cluster.ranks import Place, here
 from kdscale.config.schema import TeacherSection
 from kdscale.credentials import Credentials
 from kdscale.stream.protocol import Meaning
-from kdscale.teacher.counters import Counters
+from kdscale.teacher.counters import Beat, Counters
+
+if TYPE_CHECKING:
+    from kdscale.stream.server import TargetServer
+    from kdscale.teacher.rank import RankScorer
 
 
 @dataclass(frozen=True)
@@ -33,23 +36,24 @@ class ReplicaSetup:
 
 
 class TeacherRank:
-    """The actor. Its methods are called in this order: where, open_store (rank 0), join, build, open_sequencer (rank 0),
-    open_endpoint, serve; beat meanwhile; then stop."""
+    """The actor. Its methods are called in this order: open_store (rank 0), join, build, open_sequencer (rank 0),
+    open_endpoint, serve; beat from build on; then stop."""
 
     def __init__(self, rank: int, world: int) -> None:
         log.setup(f"teacher {rank}")
         from kdscale.engine import process
 
         self._member = process.Member(rank, world)
-
-    def where(self) -> Place:
-        return here()
+        self._scorer: RankScorer | None = None
+        self._server: TargetServer | None = None
 
     def open_store(self, network: str) -> tuple[str, int]:
         return self._member.open_store(network)
 
-    def join(self, address: tuple[str, int], network: str, timeout_s: float, gpus_per_rank: int) -> None:
-        self._device = self._member.join(address, network, timeout_s, gpus_per_rank)
+    def join(
+        self, address: tuple[str, int], network: str, timeout_s: float, collective_s: float, gpus_per_rank: int
+    ) -> None:
+        self._device = self._member.join(address, network, timeout_s, collective_s, gpus_per_rank)
 
     def build(self, setup: ReplicaSetup) -> dict[str, Any]:
         """Load this rank's shard; returns parameter counts, dtype and this process's memory."""
@@ -86,7 +90,7 @@ class TeacherRank:
         self._lockstep_server = LockstepServer(host, setup.token, self._member.world, sequencer)
         return self._lockstep_server.address
 
-    def open_endpoint(self, sequencer: tuple[str, int], generation: int, before: list[Counters]) -> str:
+    def open_endpoint(self, sequencer: tuple[str, int], replica: str, generation: int, before: list[Counters]) -> str:
         """Connect to the sequencer and listen for requests; returns the Flight address.
 
         ``before``: by rank, what the replica's earlier generations had done.
@@ -98,20 +102,23 @@ class TeacherRank:
 
         setup = self._setup
         lockstep = LockstepClient(sequencer, setup.token, self._member.rank)
-        facts = self._facts | {"generation": generation}
+        facts = self._facts | {"replica": replica, "generation": generation}
         self._scorer = RankScorer(self._member.rank, self._model, lockstep, facts, before[self._member.rank])
         host, _ = process.address_in(setup.network)
         self._server = TargetServer(host, setup.token, setup.meaning, self._scorer, setup.credentials)
         return self._server.address
 
     def serve(self) -> dict[str, Any]:
-        """Run forwards until ``stop``; returns the rank's counters."""
+        """Run forwards until the sequencer closes; returns this rank's counters."""
+        assert self._scorer is not None
         self._scorer.serve()
         return self._scorer.stats()
 
-    def beat(self) -> Counters:
-        """Answered by a thread beside the one that runs forwards: a long forward is no silence."""
-        return self._scorer.counters
+    def beat(self) -> Beat | None:
+        """None: not serving yet. Answered by a thread beside the one that runs forwards."""
+        if self._scorer is None or self._server is None:
+            return None
+        return Beat(self._scorer.counters, self._scorer.forward_seconds(), self._server.in_flight)
 
     def stop(self) -> None:
         """Rank 0: deal no further forward."""

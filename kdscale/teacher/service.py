@@ -1,7 +1,6 @@
 """One generation of the teacher: started, watched, stopped as one unit. ``guard.py`` makes the next one."""
 
 import threading
-import time
 from typing import Any
 
 import ray
@@ -9,12 +8,12 @@ from ray.util.placement_group import PlacementGroup
 
 from kdscale import log
 from kdscale.cluster.placement import Ask
-from kdscale.cluster.ranks import RankGroup, form_group
+from kdscale.cluster.ranks import Heartbeats, RankGroup, form_group
 from kdscale.config.schema import TeacherSection
 from kdscale.errors import TeacherError
-from kdscale.stream.directory import DirectoryServer
+from kdscale.stream.directory import Registry
 from kdscale.stream.protocol import Endpoint
-from kdscale.teacher.counters import NOTHING_YET, Counters
+from kdscale.teacher.counters import NOTHING_YET, Beat, Counters
 from kdscale.teacher.replica import ReplicaSetup, TeacherRank
 
 _LOG = log.get(__name__)
@@ -43,32 +42,47 @@ class TeacherReplica:
         self.name = name
         self.generation = generation
         self.counters = before or [NOTHING_YET] * setup.teacher.ranks
-        """By rank, as of its last heartbeat."""
+        """By rank, as of its last heartbeat; so is ``in_flight``."""
+        self.in_flight = [0] * setup.teacher.ranks
         self._ranks = RankGroup(TeacherRank, teacher_ask(setup.teacher), group, TeacherError)
         self._serving: list[Any] = []
 
     def begin(self) -> None:
         """Form the group and let every rank load, without waiting for the end of it. Raises: TeacherError."""
-        limit_s = self._setup.teacher.start_seconds
-        self._ranks.locate(limit_s)
-        form_group(self._ranks, self._setup.network, limit_s, self._setup.teacher.gpus_per_rank)
+        teacher = self._setup.teacher
+        self._ranks.locate(teacher.start_seconds)
+        self._heartbeats = Heartbeats(self._ranks)
+        longest_s = max(teacher.load_seconds, teacher.forward_seconds)
+        form_group(
+            self._ranks, self._setup.network, teacher.start_seconds, longest_s, teacher.gpus_per_rank, self._listen
+        )
+        _LOG.info("%s of the teacher loads (generation %d)", self.name, self.generation)
         self._building = [actor.build.remote(self._setup) for actor in self._ranks.actors]
 
-    def open(self, directory: DirectoryServer) -> None:
+    def _listen(self) -> None:
+        """While the replica starts. Raises: TeacherError for a rank that is dead or silent."""
+        self._heartbeats.answers(self._setup.teacher.load_heartbeat_seconds, "teacher.load_heartbeat_seconds")
+
+    def open(self, directory: Registry) -> None:
         """Wait until every rank is built, start serving, and publish the endpoints.
 
         Raises:
-            TeacherError: a rank failed or was not ready within ``teacher.start_seconds``.
+            TeacherError: a rank failed, fell silent, or was not ready within ``teacher.load_seconds``.
         """
-        limit_s = self._setup.teacher.start_seconds
-        built = self._ranks.gather(self._building, "build", limit_s)
+        teacher, ranks = self._setup.teacher, self._ranks
+        built = ranks.gather(self._building, "build", teacher.load_seconds, self._listen)
         total, held = built[0]["parameters"], [one["parameters_held"] for one in built]
         _require_sharded(total, held)
-        sequencer = self._ranks.gather([self._ranks.actors[0].open_sequencer.remote()], "open_sequencer", limit_s)[0]
-        addresses = self._ranks.all("open_endpoint", sequencer, self.generation, self.counters, timeout_s=limit_s)
+        limit_s, first = teacher.start_seconds, ranks.actors[0]
+        sequencer = ranks.gather([first.open_sequencer.remote()], "open_sequencer", limit_s, self._listen)[0]
+        addresses = ranks.all(
+            *("open_endpoint", sequencer, self.name, self.generation, self.counters),
+            timeout_s=limit_s,
+            meanwhile=self._listen,
+        )
         self._serving = [actor.serve.remote() for actor in self._ranks.actors]
         endpoints = [Endpoint(self.name, self.generation, rank, one) for rank, one in enumerate(addresses)]
-        directory.publish(self.name, endpoints, self._setup.meaning)
+        directory.publish(self.name, endpoints)
         _LOG.info(
             "teacher serves at %s (generation %d): %.1f M parameters, %s M per rank, %s",
             ", ".join(addresses),
@@ -82,25 +96,27 @@ class TeacherReplica:
         """Return when ``stopping`` is set.
 
         Raises:
-            TeacherError: a rank died, failed, or left a heartbeat unanswered for ``teacher.heartbeat_seconds``.
+            TeacherError: a rank died, failed, fell silent, or hangs in a forward.
         """
-        limit_s, actors = self._setup.teacher.heartbeat_seconds, self._ranks.actors
-        asked = {actor.beat.remote(): (rank, time.monotonic()) for rank, actor in enumerate(actors)}
+        teacher = self._setup.teacher
         while not stopping.wait(_BEAT_S):
             if ray.wait(self._serving, timeout=0)[0]:
                 raise self._fault()
-            answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
-            now = time.monotonic()
-            for call in answered:
-                rank, _ = asked.pop(call)
-                self.counters[rank] = self._ranks.result(call, rank, "beat")
-                asked[actors[rank].beat.remote()] = (rank, now)
-            for rank, since in asked.values():
-                if now - since > limit_s:
-                    raise TeacherError(
-                        f"teacher, rank {rank} has not answered for {now - since:.1f} s, after forward"
-                        f" {self.counters[rank].forwards} (teacher.heartbeat_seconds = {limit_s:g})"
-                    )
+            beats = self._heartbeats.answers(teacher.heartbeat_seconds, "teacher.heartbeat_seconds")
+            for rank, beat in beats.items():
+                # None was answered before the rank began to serve.
+                if beat is not None:
+                    self._take(rank, beat)
+
+    def _take(self, rank: int, beat: Beat) -> None:
+        self.counters[rank] = beat.counters
+        self.in_flight[rank] = beat.in_flight
+        limit_s = self._setup.teacher.forward_seconds
+        if beat.forward_seconds > limit_s:
+            raise TeacherError(
+                f"teacher, rank {rank} hangs in forward {beat.counters.forwards}, which has run for"
+                f" {beat.forward_seconds:.1f} s (teacher.forward_seconds = {limit_s:g})"
+            )
 
     def _fault(self) -> TeacherError:
         """What became of the ranks that serve no more."""

@@ -19,58 +19,20 @@ import torch
 from kdscale.batch import DenseTargets, HiddenTargets, SampledTargets, TokenBatch, TopkTargets
 from kdscale.cluster.security import Authority
 from kdscale.config.schema import StreamSection
-from kdscale.data.tokenizer import load_tokenizer
-from kdscale.engine.settings import teacher_settings
-from kdscale.engine.sharding import InferenceModel
 from kdscale.errors import CoverageError, IdentityError, StreamError
 from kdscale.spec import TargetSpec
 from kdscale.stream import server
 from kdscale.stream.client import FlightSource, Received
 from kdscale.stream.directory import DirectoryServer, list_endpoints
 from kdscale.stream.prefetch import Prefetcher, check_alignment
-from kdscale.stream.protocol import Access, Endpoint, Meaning, call, connect
+from kdscale.stream.protocol import Access, Endpoint, call, connect
 from kdscale.stream.server import TargetServer
 from kdscale.targets.decode import decode
-from kdscale.teacher.lockstep import LockstepClient, LockstepServer
-from kdscale.teacher.model import Score, TeacherModel
+from kdscale.teacher.model import Score
 from kdscale.teacher.rank import RankScorer
-from kdscale.teacher.sequencer import Sequencer
+from tests.served import TOKEN, Teacher, batch
 
-TOKEN = "the run's token"
 TOPK = TargetSpec("topk", k=7, temperature=2.0)
-
-
-class Teacher:
-    """One rank, its endpoint and its directory, in this process."""
-
-    def __init__(self, directory: Path) -> None:
-        tokenizer = load_tokenizer(str(directory))
-        self.meaning = Meaning("teacher", tokenizer.fingerprint, tokenizer.vocab_size, 32)
-        device = torch.device("cpu")
-        inference = InferenceModel(str(directory), teacher_settings(1, "float32"), torch.float32, device)
-        self.model = TeacherModel(inference, self.meaning.vocab_size, device)
-        self.lockstep = LockstepServer("127.0.0.1", TOKEN, 1, Sequencer(1, 64))
-        facts = {"parameters": inference.parameters_total()}
-        self.scorer = RankScorer(0, self.model, LockstepClient(self.lockstep.address, TOKEN, 0), facts)
-        self.thread = threading.Thread(target=self.scorer.serve)
-        self.thread.start()
-        self.server = TargetServer("127.0.0.1", TOKEN, self.meaning, self.scorer)
-        self.directory = DirectoryServer("127.0.0.1", 0, TOKEN)
-        self.directory.publish("replica-0", [self.endpoint()], self.meaning)
-
-    def endpoint(self) -> Endpoint:
-        return Endpoint("replica-0", 0, 0, self.server.address)
-
-    def source(self, **settings: Any) -> FlightSource:
-        fields = {"give_up_seconds": 3.0, "stall_seconds": 20.0} | settings
-        return FlightSource(Access(self.directory.address, TOKEN), self.meaning, StreamSection(**fields), "test")
-
-    def close(self) -> None:
-        self.lockstep.stop()
-        self.thread.join(timeout=10)
-        assert not self.thread.is_alive()
-        self.server.shutdown()
-        self.directory.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -78,23 +40,6 @@ def teacher(teacher_dir: Path) -> Iterator[Teacher]:
     teacher = Teacher(teacher_dir)
     yield teacher
     teacher.close()
-
-
-def batch(rows: int = 3, columns: int = 12, vocab: int = 100, seed: int = 0) -> TokenBatch:
-    """Two documents a row and two columns of padding."""
-    rng = np.random.default_rng(seed)
-    split = columns // 2 - 1
-    segments = np.repeat([[1] * split + [2] * (columns - split - 2) + [0, 0]], rows, 0).astype(np.int32)
-    positions = np.concatenate([np.arange(split), np.arange(columns - split - 2), [0, 1]]).astype(np.int32)
-    same = np.zeros((rows, columns), bool)
-    same[:, :-1] = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] != 0)
-    return TokenBatch(
-        number=seed,
-        ids_RL=rng.integers(0, vocab, (rows, columns), dtype=np.int32),
-        segments_RL=segments,
-        positions_RL=np.repeat(positions[None], rows, 0),
-        predicts_RL=same & (rng.random((rows, columns)) < 0.7),
-    )
 
 
 def test_served_targets_are_the_models_own(teacher: Teacher):
@@ -240,9 +185,9 @@ def test_another_token_opens_nothing(teacher: Teacher):
 
 def test_dead_endpoint_is_passed_over(teacher: Teacher):
     dead = Endpoint("replica-1", 0, 0, "127.0.0.1:9")
-    directory = DirectoryServer("127.0.0.1", 0, TOKEN)
-    directory.publish("replica-1", [dead], teacher.meaning)
-    directory.publish("replica-0", [teacher.endpoint()], teacher.meaning)
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN, teacher.meaning)
+    directory.publish("replica-1", [dead])
+    directory.publish("replica-0", [teacher.endpoint()])
     source = FlightSource(Access(directory.address, TOKEN), teacher.meaning, StreamSection(), "test")
     for seed in range(4):
         rows = batch(seed=seed)
@@ -251,7 +196,7 @@ def test_dead_endpoint_is_passed_over(teacher: Teacher):
 
 
 def test_no_endpoint_left_ends_in_time(teacher: Teacher):
-    directory = DirectoryServer("127.0.0.1", 0, TOKEN)
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN, teacher.meaning)
     settings = StreamSection(give_up_seconds=1.5)
     source = FlightSource(Access(directory.address, TOKEN), teacher.meaning, settings, "test")
     start = time.monotonic()
@@ -277,8 +222,8 @@ class Stuck:
 def test_endpoint_without_progress_is_given_up(teacher: Teacher):
     """Its heartbeats alone do not count: the forwards must advance."""
     server = TargetServer("127.0.0.1", TOKEN, teacher.meaning, Stuck())
-    directory = DirectoryServer("127.0.0.1", 0, TOKEN)
-    directory.publish("replica-0", [Endpoint("replica-0", 0, 0, server.address)], teacher.meaning)
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN, teacher.meaning)
+    directory.publish("replica-0", [Endpoint("replica-0", 0, 0, server.address)])
     settings = StreamSection(stall_seconds=3, give_up_seconds=2)
     source = FlightSource(Access(directory.address, TOKEN), teacher.meaning, settings, "test")
     start = time.monotonic()
@@ -320,8 +265,8 @@ def test_round_trip_over_tls_is_not_disturbed_by_strangers(teacher: Teacher):
     authority, stranger = Authority(), Authority().issue()
     held = Held(teacher.scorer)
     server = TargetServer("127.0.0.1", TOKEN, teacher.meaning, held, authority.issue())
-    directory = DirectoryServer("127.0.0.1", 0, TOKEN, authority.issue())
-    directory.publish("replica-0", [Endpoint("replica-0", 0, 0, server.address)], teacher.meaning)
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN, teacher.meaning, authority.issue())
+    directory.publish("replica-0", [Endpoint("replica-0", 0, 0, server.address)])
     access, rows = Access(directory.address, TOKEN, authority.issue()), batch()
     # No time to try again: the exchange that is open while strangers knock must be the one that answers.
     source = FlightSource(access, teacher.meaning, StreamSection(give_up_seconds=0.001), "test")
@@ -380,4 +325,4 @@ def test_taken_port_is_named(teacher: Teacher):
 
     port = int(teacher.directory.address.split(":")[1])
     with pytest.raises(PlacementError, match=rf"cannot listen on 127\.0\.0\.1:{port}"):
-        DirectoryServer("127.0.0.1", port, TOKEN)
+        DirectoryServer("127.0.0.1", port, TOKEN, teacher.meaning)

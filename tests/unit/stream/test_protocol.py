@@ -19,13 +19,14 @@ TOKEN = "the run's token"
 AUTHORITY = Authority()
 CREDENTIALS = AUTHORITY.issue()
 EXPIRED = AUTHORITY.issue(datetime.timedelta(minutes=-1))
+MEANING = Meaning("teacher", "tokenizer", 100, 32)
 ENDPOINT = Endpoint("replica-0", 0, 0, "127.0.0.1:9")
 
 
 @pytest.fixture(scope="module")
 def directory() -> Iterator[DirectoryServer]:
-    server = DirectoryServer("127.0.0.1", 0, TOKEN, CREDENTIALS)
-    server.publish("replica-0", [ENDPOINT], Meaning("teacher", "tokenizer", 100, 32))
+    server = DirectoryServer("127.0.0.1", 0, TOKEN, MEANING, CREDENTIALS)
+    server.publish("replica-0", [ENDPOINT])
     yield server
     server.shutdown()
 
@@ -33,7 +34,7 @@ def directory() -> Iterator[DirectoryServer]:
 def test_the_runs_own_are_served(directory: DirectoryServer):
     listing = list_endpoints(Access(directory.address, TOKEN, AUTHORITY.issue()))
     assert listing.endpoints == [ENDPOINT]
-    assert listing.meaning is not None
+    assert listing.meaning == MEANING
     assert listing.rebuilding == []
 
 
@@ -73,7 +74,7 @@ def test_certificate_does_not_replace_the_token(directory: DirectoryServer):
 )
 def test_impostors_are_not_asked(impostor: Credentials | None):
     """A listener that is not of the run never sees the token."""
-    server = DirectoryServer("127.0.0.1", 0, TOKEN, impostor)
+    server = DirectoryServer("127.0.0.1", 0, TOKEN, MEANING, impostor)
     with pytest.raises(StreamError, match="does not answer over TLS"):
         list_endpoints(Access(server.address, TOKEN, CREDENTIALS))
     server.shutdown()
@@ -81,7 +82,7 @@ def test_impostors_are_not_asked(impostor: Credentials | None):
 
 def test_only_loopback_may_be_plain():
     with pytest.raises(PlacementError, match=r"listener on 192\.0\.2\.7 has no credentials"):
-        DirectoryServer("192.0.2.7", 0, TOKEN)
+        DirectoryServer("192.0.2.7", 0, TOKEN, MEANING)
     for address in ("192.0.2.7:80", "node.example:80"):
         with pytest.raises(StreamError, match="off loopback the token may not travel plainly"):
             connect(address)

@@ -1,0 +1,79 @@
+"""What the tests of faults have in common: one deterministic run, its ranks, and how it went."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.runs import marked_running, steps, write_config
+
+# Of a machine of two cores that runs the rest of the run as well.
+SLACK_S = 3.0
+NOTICE_S = 5.0 + SLACK_S
+
+
+def config_of(tmp_path: Path, teacher_dir: Path, text_dir: Path, **sections: dict[str, Any]) -> Path:
+    """Deterministic, two teacher ranks, one student rank, and a learning rate that does not depend on ``train.steps``."""
+    fields: dict[str, dict[str, Any]] = {
+        "run": {"deterministic": True},
+        "train": {"steps": 4000, "batch_rows": 4, "micro_rows": 2, "schedule": "constant"},
+        "teacher": {"restart_wait_seconds": 0.2},
+        "student": {"restart_wait_seconds": 0.2},
+        "checkpoint": {"every_steps": 20},
+        "evaluate": {"quality": False},
+    }
+    merged = {name: fields.get(name, {}) | sections.get(name, {}) for name in fields.keys() | sections.keys()}
+    return write_config(tmp_path, teacher_dir, text_dir, **merged)
+
+
+def ranks_of(actor: str) -> list[psutil.Process]:
+    """Living processes of an actor class, the oldest first."""
+    return sorted(marked_running(f"ray::{actor}"), key=lambda process: process.create_time())
+
+
+def trained(run_directory: Path) -> list[tuple[int, str, float]]:
+    """Step, digest of its rows, and loss, as they stand in ``metrics.jsonl``."""
+    lines = (run_directory / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [(row["step"], row["rows_digest"], row["loss"]) for row in rows]
+
+
+def wait_for_words(words: str, process: "subprocess.Popen[bytes]", log: Path, within_s: float, behind: int = 0) -> int:
+    """Wait until ``words`` stand in the log behind character ``behind``; returns where they end."""
+    deadline = time.monotonic() + within_s
+    while (found := log.read_text().find(words, behind)) < 0:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, f"{words!r} not within {within_s} s:\n{log.read_text()[behind:]}"
+        time.sleep(0.05)
+    return found + len(words)
+
+
+def wait_for_ranks(
+    actor: str, count: int, others: list[psutil.Process], process: "subprocess.Popen[bytes]", log: Path
+) -> list[psutil.Process]:
+    """The processes of an actor class once there are ``count`` besides ``others``."""
+    deadline = time.monotonic() + 90
+    while len(found := [one for one in ranks_of(actor) if one not in others]) < count:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, f"{len(found)} of {count} {actor}:\n{log.read_text()}"
+        time.sleep(0.05)
+    return found
+
+
+def wait_for_progress(run_directory: Path, process: "subprocess.Popen[bytes]", log: Path, num_steps: int = 5) -> None:
+    """Wait until ``num_steps`` more are trained than before; a student that starts again first goes back."""
+    deadline = time.monotonic() + 120
+    last, more = last_step(run_directory), 0
+    while more < num_steps:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, f"no progress behind step {last}:\n{log.read_text()}"
+        time.sleep(0.1)
+        now = last_step(run_directory)
+        more, last = more + max(0, now - last), now
+
+
+def last_step(run_directory: Path) -> int:
+    return max(steps(run_directory), default=0)

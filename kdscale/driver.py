@@ -256,7 +256,8 @@ def main(flow: str, config_file: str, argument: str, endpoints: str = "") -> int
         return 0
     except Stopped as stopped:
         job.display.close()
-        print(f"kdscale: stopped, {stopped}; the same command goes on from the newest checkpoint", file=sys.stderr)
+        how_on = "; the same command goes on from the newest checkpoint" if flow == "train" else ""
+        print(f"kdscale: stopped, {stopped}{how_on}", file=sys.stderr)
         return supervise.INTERRUPTED
     except KdscaleError as error:
         job.display.close()

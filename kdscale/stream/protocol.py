@@ -134,12 +134,12 @@ def require_same_meaning(asked: Meaning, served: Meaning) -> None:
     if asked == served:
         return
     differ = [
-        f"{name}: student {value!r}, teacher {getattr(served, name)!r}"
+        f"{name}: asked for {value!r}, served {getattr(served, name)!r}"
         for name, value in asdict(asked).items()
         if value != getattr(served, name)
     ]
     if differ:
-        raise IdentityError("the served teacher is not the one the student was configured for; " + "; ".join(differ))
+        raise IdentityError("this teacher is not the one the run is about; " + "; ".join(differ))
 
 
 # ---- token rows on the way to the teacher ----

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import xxhash
 
+from kdscale.config import load_config
+from kdscale.data.corpus import build_corpus
+from kdscale.data.loader import Loader
+from kdscale.data.tokenizer import load_tokenizer
+from kdscale.engine.settings import batch_cut
 from tests.runs import marked_running, steps, write_config
 
 # Of a machine of two cores that runs the rest of the run as well.
@@ -39,6 +45,16 @@ def trained(run_directory: Path) -> list[tuple[int, str, float]]:
     lines = (run_directory / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     return [(row["step"], row["rows_digest"], row["loss"]) for row in rows]
+
+
+def rows_of(config_file: Path, num_steps: int) -> list[str]:
+    """The digest of the rows that each of the first ``num_steps`` steps has to train on."""
+    config = load_config(config_file, [])
+    tokenizer = load_tokenizer(config.teacher.model)
+    corpus = build_corpus(config.data, tokenizer, lambda done, total, what: None)
+    cut = batch_cut(config)
+    loader = Loader(corpus.train, config.data.packing, config.data.row_tokens, cut.rows, config.run.seed)
+    return [xxhash.xxh3_64_hexdigest(loader.batch(number).ids_RL.tobytes()) for number in range(num_steps)]
 
 
 def wait_for_words(words: str, process: "subprocess.Popen[bytes]", log: Path, within_s: float, behind: int = 0) -> int:

@@ -162,7 +162,7 @@ def test_another_teacher_is_refused_without_retry(teacher: Teacher):
     source = teacher.source(give_up_seconds=60)
     source._meaning = replace(teacher.meaning, tokenizer="another")
     start = time.monotonic()
-    with pytest.raises(IdentityError, match="tokenizer: student 'another'"):
+    with pytest.raises(IdentityError, match="tokenizer: asked for 'another'"):
         source.fetch(batch(), TOPK)
     assert time.monotonic() - start < 10
 

@@ -76,10 +76,8 @@ def serve(job: Job, endpoints_file: Path) -> None:
         teacher.open().save(endpoints_file)
         stack.callback(endpoints_file.unlink, missing_ok=True)
         job.display.phase(f"serving; runs elsewhere use --teacher-endpoints {endpoints_file} (Ctrl-C ends)")
-        while not job.stop.is_set():
-            ended, _ = ray.wait(teacher.serving, timeout=_POLL_S)
-            if ended:
-                teacher.raise_fault(ended[0])
+        while not job.stop.wait(_POLL_S):
+            show(teacher.events(), None, job.display)
     raise Stopped("the teacher was asked to")
 
 
@@ -89,7 +87,8 @@ def watch(
     """Show what happens until every student rank has reported; returns rank 0's report.
 
     Raises:
-        TeacherError, StudentError: a rank died; or whatever a rank raised.
+        TeacherError: the teacher is lost, and not to be rebuilt.
+        StudentError: a rank died; or whatever a rank raised.
         Stopped: the run was asked to stop, and the students left or their grace was over.
     """
     reports: dict[Any, dict[str, Any]] = {}
@@ -97,12 +96,10 @@ def watch(
     deadline: float | None = None
     while len(reports) < len(students.running):
         pending = [call for call in students.running if call not in reports]
-        ready, _ = ray.wait([*pending, *teacher.serving], timeout=_POLL_S)
-        events = students.events()
+        ready, _ = ray.wait(pending, timeout=_POLL_S)
+        events = [*teacher.events(), *students.events()]
         show(events, metrics, job.display)
         for call in ready:
-            if call in teacher.serving:
-                teacher.raise_fault(call)
             reports[call] = students.result(call)
         if job.stop.is_set() and deadline is None:
             job.display.phase("stopping after the step in progress")

@@ -25,8 +25,9 @@ from kdscale.stream.directory import DirectoryServer, list_endpoints
 from kdscale.stream.protocol import Access, require_same_meaning
 from kdscale.student.service import StudentGroup, student_ask
 from kdscale.student.worker import StudentSetup
+from kdscale.teacher.guard import TeacherGuard
 from kdscale.teacher.replica import ReplicaSetup
-from kdscale.teacher.service import TeacherReplica, teacher_ask
+from kdscale.teacher.service import teacher_ask
 
 
 class Stopped(Exception):
@@ -52,33 +53,28 @@ class Job:
 class OwnTeacher:
     """A replica of this run's own, behind a directory of its own."""
 
-    def __init__(self, replica: TeacherReplica, endpoints: DirectoryServer, access: Access) -> None:
-        self._replica = replica
-        self._endpoints = endpoints
+    def __init__(self, guard: TeacherGuard, access: Access) -> None:
+        self._guard = guard
         self._access = access
 
     def open(self) -> Access:
         """Wait until it serves. Raises: TeacherError."""
-        self._replica.open(self._endpoints)
+        self._guard.open()
         return self._access
 
-    @property
-    def serving(self) -> list[Any]:
-        return self._replica.serving
-
-    def raise_fault(self, call: Any) -> None:
-        self._replica.raise_fault(call)
+    def events(self) -> list[dict[str, Any]]:
+        """What happened to it since the last call. Raises: TeacherError when it is lost for good."""
+        return self._guard.events()
 
     def release(self) -> None:
         """No target is needed any more: leave the processors to the students."""
-        self._replica.kill()
+        self._guard.stop(at_once=True)
 
 
 class ServedTeacher:
     """A teacher somebody else serves; its death shows in the stream, not here."""
 
     def __init__(self, access_file: Path, stream: StreamSection, prepared: Prepared) -> None:
-        self.serving: list[Any] = []
         self._access_file = access_file
         self._stream = stream
         self._meaning = prepared.meaning
@@ -92,17 +88,17 @@ class ServedTeacher:
                 f" {self._stream.tls} with stream.network = {self._stream.network} asks for TLS; serve the teacher with"
                 " the same stream section"
             )
-        endpoints, meaning = list_endpoints(access)
-        if not endpoints or meaning is None:
+        listing = list_endpoints(access)
+        if listing.meaning is None or not (listing.endpoints or listing.rebuilding):
             raise TeacherError(f"the directory at {access.directory} ({self._access_file}) knows no live endpoint")
-        require_same_meaning(self._meaning, meaning)
+        require_same_meaning(self._meaning, listing.meaning)
         return access
 
     def release(self) -> None:
         """Somebody else's to end."""
 
-    def raise_fault(self, call: Any) -> None:
-        raise TeacherError("unreachable: a served teacher has no calls to watch")
+    def events(self) -> list[dict[str, Any]]:
+        return []
 
 
 @dataclass(frozen=True)
@@ -160,10 +156,10 @@ def start_teacher(job: Job, prepared: Prepared, slots: Slots, stack: ExitStack) 
         credentials=credentials,
         deterministic=config.run.deterministic,
     )
-    replica = TeacherReplica(setup, slots.teacher)
-    stack.callback(replica.stop)
-    replica.begin()
-    return OwnTeacher(replica, endpoints, Access(endpoints.address, token, credentials))
+    guard = TeacherGuard(setup, slots.teacher, endpoints)
+    stack.callback(guard.stop)
+    guard.begin()
+    return OwnTeacher(guard, Access(endpoints.address, token, credentials))
 
 
 def start_students(

@@ -63,6 +63,8 @@ def make_summary(
         "student_dtype": student_facts["dtype"],
         "teacher_ranks": len(teacher_stats),
         "student_ranks": topology_of(config.student.parallel).world,
+        # A served teacher's count from when it began to serve, like its counters.
+        "teacher_restarts": teacher_stats[0]["generation"],
         "teacher_tokens_per_rank": [stats["tokens"] for stats in teacher_stats],
         "teacher_forwards": teacher_stats[0]["forwards"],
         "dummy_token_share": dummy / (real + dummy) if real + dummy else None,

@@ -1,7 +1,12 @@
 """N Ray actors that form one process group, watched as one failure unit."""
 
+import contextlib
+import os
+import time
+from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
@@ -9,6 +14,26 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kdscale.cluster.placement import Ask
 from kdscale.errors import KdscaleError
+
+# Clocks that tell when a process started differ by less, and no pid is used again as fast.
+_SAME_START_S = 2.0
+_GONE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs."""
+
+    node: str
+    pid: int
+    started: float
+    """Seconds since the epoch: tells a process from a later one with its pid."""
+
+
+def here() -> Place:
+    """The calling process."""
+    me = psutil.Process()
+    return Place(ray.get_runtime_context().get_node_id(), os.getpid(), me.create_time())
 
 
 class RankGroup:
@@ -44,17 +69,31 @@ class RankGroup:
             ).remote(rank, ask.ranks)
             for rank in range(ask.ranks)
         ]
+        self._on_this_node: list[psutil.Process] = []
+
+    def locate(self, timeout_s: float) -> None:
+        """Learn which ranks are processes of this node, so that ``kill`` can end a stopped one. The actor class has
+        ``where``. Raises: the group's fault."""
+        this_node = here().node
+        for place in self.all("where", timeout_s=timeout_s):
+            if place.node != this_node:
+                continue
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(place.pid)
+                if abs(process.create_time() - place.started) < _SAME_START_S:
+                    self._on_this_node.append(process)
 
     def all(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> list[Any]:
         """Call ``method`` on every rank and wait for all answers. Raises: the group's fault, naming the rank."""
         return self.gather([getattr(actor, method).remote(*args, **kwargs) for actor in self.actors], method, timeout_s)
 
-    def gather(self, calls: list[Any], method: str, timeout_s: float | None) -> list[Any]:
-        """The answers to one call per rank; the first rank that fails ends the wait."""
+    def gather(self, calls: list[Any], method: str, timeout_s: float) -> list[Any]:
+        """The answers to one call per rank, all within ``timeout_s``; the first rank that fails ends the wait."""
         left = dict(zip(calls, range(len(calls)), strict=True))
         answers: dict[int, Any] = {}
+        deadline = time.monotonic() + timeout_s
         while left:
-            ready, _ = ray.wait(list(left), num_returns=1, timeout=timeout_s)
+            ready, _ = ray.wait(list(left), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise self._fault(
                     f"{self.what}: rank(s) {sorted(left.values())} did not answer {method!r} within {timeout_s:g} s"
@@ -78,6 +117,12 @@ class RankGroup:
             raise self._fault(f"{self.what}, rank {rank}: {error}") from None
 
     def kill(self) -> None:
+        """End every rank at once. Returns when those located on this node are gone."""
+        # By pid first: Ray asks a process to leave and waits 5 s for the answer of one that is stopped.
+        for process in self._on_this_node:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self._on_this_node, timeout=_GONE_S)
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
 

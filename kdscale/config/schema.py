@@ -10,6 +10,8 @@ from kdscale.config.schedule import Scheduled, ends, value_at, within
 from kdscale.config.section import Section
 from kdscale.spec import ENCODINGS, SUPPORT, DivergenceName, Encoding, Payload, Sampler, TargetSpec
 
+# From a fault's deadline until the directory tells of it.
+_NOTICE_S = 2.0
 Dtype = Literal["auto", "float32", "bfloat16"]
 Temperature = Annotated[Scheduled, AfterValidator(within(lambda v: 0.05 <= v <= 100, "lie in [0.05, 100]"))]
 Share = Annotated[Scheduled, AfterValidator(within(lambda v: 0 <= v <= 1, "lie in [0, 1]"))]
@@ -83,7 +85,15 @@ class TeacherSection(Section):
     gpus_per_rank: int = Field(0, ge=0, le=1)
     """GPUs of a rank; 0 runs on CPU (gloo)."""
     start_seconds: float = Field(600, gt=0)
-    """Limit for placing, loading and building a replica."""
+    """Limit for each step of starting or rebuilding a replica: placing its ranks, forming their group, loading."""
+    heartbeat_seconds: float = Field(4, ge=1)
+    """A serving rank that leaves a heartbeat unanswered for this long is lost (stopped, or its node is gone); a dead one is
+    noticed at once. A long forward does not count: another thread answers."""
+    restarts: int = Field(3, ge=0)
+    """How often a run rebuilds a teacher it has lost, all ranks together, while the students wait. With none left, the run
+    ends with its newest checkpoint. A teacher that has not served yet is not tried again."""
+    restart_wait_seconds: float = Field(1, gt=0)
+    """Wait before the first rebuild; doubles with each further one, 60 s at most."""
 
 
 class ParallelSection(Section):
@@ -189,7 +199,8 @@ class StreamSection(Section):
     stall_seconds: float = Field(60, gt=0)
     """A request without progress for this long is cancelled and retried elsewhere."""
     give_up_seconds: float = Field(120, gt=0)
-    """When no endpoint has served a request for this long, the run ends."""
+    """When no endpoint has served a request for this long, the run ends. The clock starts anew each time the directory says
+    that a teacher is being rebuilt."""
     network: Network = "127.0.0.0/8"
     """Private network (CIDR) our listeners bind to; each node uses its address in it."""
     directory_port: int = Field(0, ge=0, le=65535)
@@ -283,6 +294,17 @@ class RunConfig(Section):
             raise ValueError(
                 f"targets.encoding = {self.targets.encoding}: payload {payload} travels as"
                 f" {' or '.join(ENCODINGS[payload])}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patience(self) -> "RunConfig":
+        teacher, give_up_s = self.teacher, self.stream.give_up_seconds
+        if teacher.restarts and give_up_s <= teacher.heartbeat_seconds + _NOTICE_S:
+            raise ValueError(
+                f"stream.give_up_seconds = {give_up_s:g}: students would give up before a lost teacher is noticed"
+                f" (teacher.heartbeat_seconds = {teacher.heartbeat_seconds:g} and {_NOTICE_S:g} s more); raise it, or set"
+                " teacher.restarts: 0"
             )
         return self
 

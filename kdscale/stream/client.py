@@ -21,17 +21,27 @@ from kdscale.spec import TargetSpec
 from kdscale.stream.directory import list_endpoints
 from kdscale.stream.protocol import Access, Endpoint, Header, Meaning, call, connect, encode_rows, message
 from kdscale.stream.server import decode_head
+from kdscale.stream.watchdog import Watch, Watchdog
 from kdscale.targets import arrow
 from kdscale.targets.decode import decode
 from kdscale.targets.layout import schema as target_schema
 
 _LOG = log.get(__name__)
 Answer = TypeVar("Answer")
+_SAY_S = 5.0
 _FATAL = {"IdentityError": IdentityError, "PayloadError": PayloadError}
+
+
+_WAIT = tenacity.wait_random_exponential(multiplier=0.2, max=5.0)
+_WAIT_REBUILDING = tenacity.wait_random(0.3, 0.7)
 
 
 class _Retry(Exception):
     """This attempt failed; another endpoint, or the same one later, may serve."""
+
+
+class _Rebuilding(_Retry):
+    """No endpoint is live, and the directory says that one will be."""
 
 
 @dataclass
@@ -65,7 +75,8 @@ class FlightSource:
         self._lock = threading.Lock()
         self._lines: dict[Endpoint, _Line] = {}
         self._sequence = 0
-        self._watchdog = _Watchdog(settings.stall_seconds)
+        self._said = float("-inf")
+        self._watchdog = Watchdog(settings.stall_seconds)
         self.received: dict[str, Received] = {}
         """What answers amounted to, by payload."""
 
@@ -100,9 +111,14 @@ class FlightSource:
 
     def teacher_stats(self) -> list[dict[str, Any]]:
         """Counters of every live rank."""
-        self._refresh()
-        lines = sorted(self._lines.values(), key=lambda line: (line.endpoint.replica, line.endpoint.rank))
-        return [call(line.client, "stats", self._access.token, self._settings.stall_seconds) for line in lines]
+
+        def once() -> list[dict[str, Any]]:
+            self._refresh()
+            with self._lock:
+                lines = sorted(self._lines.values(), key=lambda line: (line.endpoint.replica, line.endpoint.rank))
+            return [self._calling(line, self._get_stats) for line in lines]
+
+        return self._patiently("stats", once)
 
     def close(self) -> None:
         self._watchdog.close()
@@ -115,23 +131,43 @@ class FlightSource:
         def once() -> Answer:
             line = self._acquire(tokens)
             try:
-                return attempt(line)
-            except (fl.FlightError, pa.ArrowException, OSError) as error:
-                fatal = _FATAL.get(getattr(error, "extra_info", b"").decode(errors="replace"))
-                if fatal is not None:
-                    raise fatal(f"teacher {line.endpoint.address}: {_first_line(error)}") from error
-                self._drop(line)
-                raise _Retry(f"{line.endpoint.address}: {type(error).__name__}: {_first_line(error)}") from error
+                return self._calling(line, attempt)
             finally:
                 self._release(line, tokens)
 
+        return self._patiently(request, once)
+
+    def _calling(self, line: _Line, attempt: Callable[[_Line], Answer]) -> Answer:
+        """``attempt`` on one endpoint. Raises: _Retry; or what every endpoint would answer."""
+        try:
+            return attempt(line)
+        except (fl.FlightError, pa.ArrowException, OSError) as error:
+            fatal = _FATAL.get(getattr(error, "extra_info", b"").decode(errors="replace"))
+            if fatal is not None:
+                raise fatal(f"teacher {line.endpoint.address}: {_first_line(error)}") from error
+            self._drop(line)
+            raise _Retry(f"{line.endpoint.address}: {type(error).__name__}: {_first_line(error)}") from error
+
+    def _patiently(self, request: str, once: Callable[[], Answer]) -> Answer:
+        """``once`` until it serves.
+
+        Raises:
+            StreamError: it did not for ``stream.give_up_seconds``, counted from the last time the directory said that a
+                teacher is being rebuilt: who rebuilds it says how often, and for how long.
+        """
+        since = time.monotonic()
+
+        def give_up(state: tenacity.RetryCallState) -> bool:
+            nonlocal since
+            if _is_rebuilding(state):
+                since = time.monotonic()
+            return time.monotonic() - since >= self._settings.give_up_seconds
+
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Retry),
-            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
-            stop=tenacity.stop_after_delay(self._settings.give_up_seconds),
-            before_sleep=lambda state: _LOG.warning(
-                "request %s failed, trying again: %s", request, state.outcome.exception() if state.outcome else ""
-            ),
+            wait=lambda state: (_WAIT_REBUILDING if _is_rebuilding(state) else _WAIT)(state),
+            stop=give_up,
+            before_sleep=lambda state: self._say_failed(request, state),
         )
         try:
             return retrying(once)
@@ -142,12 +178,21 @@ class FlightSource:
                 f" (stream.give_up_seconds); last fault: {last}"
             ) from last
 
+    def _say_failed(self, request: str, state: tenacity.RetryCallState) -> None:
+        fault = state.outcome.exception() if state.outcome else None
+        if not isinstance(fault, _Rebuilding):
+            _LOG.warning("request %s failed, trying again: %s", request, fault)
+        # All requests in flight wait for the same thing: say it once a period, not once a request.
+        elif time.monotonic() - self._said >= _SAY_S:
+            self._said = time.monotonic()
+            _LOG.warning("request %s and those after it wait: %s", request, fault)
+
     def _acquire(self, tokens: int) -> _Line:
         if not self._lines:
             self._refresh()
         with self._lock:
             if not self._lines:
-                raise _Retry("the directory knows no live endpoint")
+                raise _Retry("the teacher's endpoints failed again at once")
             # Ties go to the rank that has served least, so that ranks share the work evenly.
             line = min(self._lines.values(), key=lambda one: (one.outstanding, one.served, one.endpoint.rank))
             line.outstanding += tokens
@@ -159,19 +204,33 @@ class FlightSource:
             line.outstanding -= tokens
 
     def _drop(self, line: _Line) -> None:
-        """Forget an endpoint that failed; the directory is asked again when none is left."""
+        """Forget an endpoint that failed, and the others of its generation, which lives and dies as one; the directory is
+        asked again when none is left."""
+        failed = line.endpoint
         with self._lock:
-            self._lines.pop(line.endpoint, None)
+            for other in list(self._lines):
+                if other.replica == failed.replica and other.generation <= failed.generation:
+                    del self._lines[other]
 
     def _refresh(self) -> None:
+        """Keep lines to the endpoints that the directory lists now, and to no other: an older generation is gone.
+
+        Raises: _Retry when it lists none.
+        """
         try:
-            endpoints, _ = list_endpoints(self._access)
+            listing = list_endpoints(self._access)
         except StreamError as error:
             raise _Retry(str(error)) from error
         with self._lock:
-            for endpoint in self._mine(endpoints):
-                if endpoint not in self._lines:
-                    self._lines[endpoint] = _Line(endpoint, connect(endpoint.address, self._access.credentials))
+            before = self._lines
+            self._lines = {
+                endpoint: before.get(endpoint) or _Line(endpoint, connect(endpoint.address, self._access.credentials))
+                for endpoint in self._mine(listing.endpoints)
+            }
+        if not listing.endpoints:
+            if listing.rebuilding:
+                raise _Rebuilding(f"the teacher is being rebuilt ({', '.join(listing.rebuilding)})")
+            raise _Retry("the directory knows no live endpoint")
 
     def _mine(self, endpoints: list[Endpoint]) -> list[Endpoint]:
         """Rendezvous hashing: each student keeps a stable few, so connections don't grow as students x teachers."""
@@ -205,7 +264,7 @@ class FlightSource:
         finally:
             self._watchdog.forget(watch)
 
-    def _receive(self, reader: fl.FlightStreamReader, header: Header, watch: "_Watch") -> list[pa.RecordBatch]:
+    def _receive(self, reader: fl.FlightStreamReader, header: Header, watch: Watch) -> list[pa.RecordBatch]:
         """The answer's record batches: each agrees with its schema, declared size and checksum, all with the last one's count
         and digest."""
         meaning = self._meaning
@@ -240,6 +299,9 @@ class FlightSource:
             digest.update(meta["checksum"].encode())
         return parts
 
+    def _get_stats(self, line: _Line) -> dict[str, Any]:
+        return call(line.client, "stats", self._access.token, self._settings.stall_seconds)
+
     def _get_head(self, line: _Line) -> Head:
         ticket = fl.Ticket(message(self._access.token))
         options = fl.FlightCallOptions(timeout=self._settings.give_up_seconds)
@@ -247,45 +309,8 @@ class FlightSource:
         return decode_head(batches[0])
 
 
-class _Watch:
-    """One read that is being watched."""
-
-    def __init__(self, reader: fl.FlightStreamReader) -> None:
-        self.reader = reader
-        self.fired = False
-        self.progress()
-
-    def progress(self) -> None:
-        self.seen = time.monotonic()
-
-
-class _Watchdog:
-    """Cancels reads that make no progress; gRPC's own keep-alive would take a minute and harm idle streams."""
-
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self._watches: set[_Watch] = set()
-        self._closed = threading.Event()
-        threading.Thread(target=self._run, daemon=True, name="stall-watchdog").start()
-
-    def watch(self, reader: fl.FlightStreamReader) -> _Watch:
-        watch = _Watch(reader)
-        self._watches.add(watch)
-        return watch
-
-    def forget(self, watch: _Watch) -> None:
-        self._watches.discard(watch)
-
-    def close(self) -> None:
-        self._closed.set()
-
-    def _run(self) -> None:
-        while not self._closed.wait(min(1.0, self._limit_s / 10)):
-            now = time.monotonic()
-            for watch in list(self._watches):
-                if now - watch.seen >= self._limit_s and not watch.fired:
-                    watch.fired = True
-                    watch.reader.cancel()
+def _is_rebuilding(state: tenacity.RetryCallState) -> bool:
+    return state.outcome is not None and isinstance(state.outcome.exception(), _Rebuilding)
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import pyarrow as pa
 import pyarrow.flight as fl
@@ -13,6 +13,17 @@ from kdscale.errors import PlacementError, StreamError
 from kdscale.stream.protocol import Access, Endpoint, Meaning, call, connect, listening, open_message
 
 _CALL_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What the directory knows."""
+
+    endpoints: list[Endpoint]
+    meaning: Meaning | None
+    """None: no teacher has served yet."""
+    rebuilding: list[str]
+    """Replicas that are lost and will be published again."""
 
 
 class DirectoryServer(fl.FlightServerBase):
@@ -32,16 +43,20 @@ class DirectoryServer(fl.FlightServerBase):
         self._lock = threading.Lock()
         self._endpoints: dict[str, list[Endpoint]] = {}
         self._meaning: Meaning | None = None
+        self._rebuilding: set[str] = set()
 
     def publish(self, replica: str, endpoints: list[Endpoint], meaning: Meaning) -> None:
         """Make a replica's endpoints known, in place of those of its earlier generation."""
         with self._lock:
             self._endpoints[replica] = endpoints
             self._meaning = meaning
+            self._rebuilding.discard(replica)
 
-    def withdraw(self, replica: str) -> None:
+    def withdraw(self, replica: str, *, rebuilding: bool) -> None:
+        """A replica is lost; with ``rebuilding``, clients are told that it comes back, and wait without giving up."""
         with self._lock:
             self._endpoints.pop(replica, None)
+            (self._rebuilding.add if rebuilding else self._rebuilding.discard)(replica)
 
     def do_action(self, context: fl.ServerCallContext, action: fl.Action) -> Iterator[fl.Result]:
         try:
@@ -53,10 +68,11 @@ class DirectoryServer(fl.FlightServerBase):
         with self._lock:
             endpoints = [asdict(endpoint) for replica in self._endpoints.values() for endpoint in replica]
             meaning = asdict(self._meaning) if self._meaning else None
-        yield fl.Result(json.dumps({"endpoints": endpoints, "meaning": meaning}).encode())
+            rebuilding = sorted(self._rebuilding)
+        yield fl.Result(json.dumps({"endpoints": endpoints, "meaning": meaning, "rebuilding": rebuilding}).encode())
 
 
-def list_endpoints(access: Access) -> tuple[list[Endpoint], Meaning | None]:
+def list_endpoints(access: Access) -> Listing:
     """Ask the directory. Raises: StreamError when it does not answer, or one of both sides refuses the other."""
     try:
         with connect(access.directory, access.credentials) as client:
@@ -69,4 +85,4 @@ def list_endpoints(access: Access) -> tuple[list[Endpoint], Meaning | None]:
             f" are another run's or too old: take the access file of the teacher that serves now: {error}"
         ) from error
     meaning = Meaning(**answer["meaning"]) if answer["meaning"] else None
-    return [Endpoint(**fields) for fields in answer["endpoints"]], meaning
+    return Listing([Endpoint(**fields) for fields in answer["endpoints"]], meaning, answer["rebuilding"])

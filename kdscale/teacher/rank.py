@@ -6,6 +6,7 @@ Flight threads ``submit`` work and wait for the answer; the forward thread runs 
 import itertools
 import queue
 import threading
+from dataclasses import asdict
 from typing import Any
 
 from kdscale import log
@@ -13,6 +14,7 @@ from kdscale.batch import TokenBatch
 from kdscale.errors import KdscaleError, TeacherError
 from kdscale.stream.protocol import Header
 from kdscale.stream.server import Answer
+from kdscale.teacher.counters import NOTHING_YET, Counters
 from kdscale.teacher.lockstep import LockstepClient
 from kdscale.teacher.model import FetchHead, Score, TeacherModel, Work
 
@@ -22,7 +24,15 @@ _LOG = log.get(__name__)
 class RankScorer:
     """The ``Scorer`` behind a rank's Flight server."""
 
-    def __init__(self, rank: int, model: TeacherModel, lockstep: LockstepClient, facts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        model: TeacherModel,
+        lockstep: LockstepClient,
+        facts: dict[str, Any],
+        before: Counters = NOTHING_YET,
+    ) -> None:
+        """``before``: what this rank had done in earlier generations of its replica."""
         self._rank = rank
         self._facts = facts
         self._model = model
@@ -30,10 +40,8 @@ class RankScorer:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._pending: dict[int, tuple[Work, queue.SimpleQueue[Answer]]] = {}
-        self._forwards = 0
-        self._tokens = 0
-        self._dummy_tokens = 0
-        self._targets = 0
+        self.counters = before
+        """Replaced as a whole after each forward, so any thread may read it."""
 
     def submit(self, request: str, batch: TokenBatch | None, header: Header | None) -> "queue.SimpleQueue[Answer]":
         work: Work = FetchHead() if batch is None or header is None else Score(batch, header.spec)
@@ -45,17 +53,11 @@ class RankScorer:
         return answers
 
     def progress(self) -> int:
-        return self._forwards
+        return self.counters.forwards
 
     def stats(self) -> dict[str, Any]:
-        """Real and dummy tokens read, positions answered, forwards run; with the facts of the build."""
-        return self._facts | {
-            "rank": self._rank,
-            "forwards": self._forwards,
-            "tokens": self._tokens,
-            "dummy_tokens": self._dummy_tokens,
-            "targets": self._targets,
-        }
+        """The counters, with the facts of the build."""
+        return self._facts | {"rank": self._rank} | asdict(self.counters)
 
     def serve(self) -> None:
         """Run forwards until the sequencer closes.
@@ -80,7 +82,10 @@ class RankScorer:
 
     def _count(self, works: list[Work]) -> None:
         scores = [work for work in works if isinstance(work, Score)]
-        self._forwards += 1
-        self._tokens += sum(work.batch.num_tokens_real for work in scores)
-        self._targets += sum(work.batch.num_tokens for work in scores)
-        self._dummy_tokens += not scores
+        so_far = self.counters
+        self.counters = Counters(
+            forwards=so_far.forwards + 1,
+            tokens=so_far.tokens + sum(work.batch.num_tokens_real for work in scores),
+            dummy_tokens=so_far.dummy_tokens + (not scores),
+            targets=so_far.targets + sum(work.batch.num_tokens for work in scores),
+        )

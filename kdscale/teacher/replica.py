@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdscale import log
+from kdscale.cluster.ranks import Place, here
 from kdscale.config.schema import TeacherSection
 from kdscale.credentials import Credentials
 from kdscale.stream.protocol import Meaning
+from kdscale.teacher.counters import Counters
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,17 @@ class ReplicaSetup:
 
 
 class TeacherRank:
-    """The actor. Its methods are called in this order: open_store (rank 0), join, build, open, serve; then stop."""
+    """The actor. Its methods are called in this order: where, open_store (rank 0), join, build, open_sequencer (rank 0),
+    open_endpoint, serve; beat meanwhile; then stop."""
 
     def __init__(self, rank: int, world: int) -> None:
         log.setup(f"teacher {rank}")
         from kdscale.engine import process
 
         self._member = process.Member(rank, world)
+
+    def where(self) -> Place:
+        return here()
 
     def open_store(self, network: str) -> tuple[str, int]:
         return self._member.open_store(network)
@@ -80,8 +86,11 @@ class TeacherRank:
         self._lockstep_server = LockstepServer(host, setup.token, self._member.world, sequencer)
         return self._lockstep_server.address
 
-    def open_endpoint(self, sequencer: tuple[str, int]) -> str:
-        """Connect to the sequencer and listen for requests; returns the Flight address."""
+    def open_endpoint(self, sequencer: tuple[str, int], generation: int, before: list[Counters]) -> str:
+        """Connect to the sequencer and listen for requests; returns the Flight address.
+
+        ``before``: by rank, what the replica's earlier generations had done.
+        """
         from kdscale.engine import process
         from kdscale.stream.server import TargetServer
         from kdscale.teacher.lockstep import LockstepClient
@@ -89,7 +98,8 @@ class TeacherRank:
 
         setup = self._setup
         lockstep = LockstepClient(sequencer, setup.token, self._member.rank)
-        self._scorer = RankScorer(self._member.rank, self._model, lockstep, self._facts)
+        facts = self._facts | {"generation": generation}
+        self._scorer = RankScorer(self._member.rank, self._model, lockstep, facts, before[self._member.rank])
         host, _ = process.address_in(setup.network)
         self._server = TargetServer(host, setup.token, setup.meaning, self._scorer, setup.credentials)
         return self._server.address
@@ -99,8 +109,9 @@ class TeacherRank:
         self._scorer.serve()
         return self._scorer.stats()
 
-    def stats(self) -> dict[str, Any]:
-        return self._scorer.stats()
+    def beat(self) -> Counters:
+        """Answered by a thread beside the one that runs forwards: a long forward is no silence."""
+        return self._scorer.counters
 
     def stop(self) -> None:
         """Rank 0: deal no further forward."""

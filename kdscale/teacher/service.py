@@ -1,5 +1,7 @@
-"""The teacher as the driver sees it: started, watched, stopped as one unit."""
+"""One generation of the teacher: started, watched, stopped as one unit. ``guard.py`` makes the next one."""
 
+import threading
+import time
 from typing import Any
 
 import ray
@@ -12,9 +14,13 @@ from kdscale.config.schema import TeacherSection
 from kdscale.errors import TeacherError
 from kdscale.stream.directory import DirectoryServer
 from kdscale.stream.protocol import Endpoint
+from kdscale.teacher.counters import NOTHING_YET, Counters
 from kdscale.teacher.replica import ReplicaSetup, TeacherRank
 
 _LOG = log.get(__name__)
+_BEAT_S = 0.5
+# A rank that dies takes the forward of the others with it: wait so long for all of them, to name the one that died.
+_AFTERMATH_S = 0.5
 
 
 def teacher_ask(teacher: TeacherSection) -> Ask:
@@ -25,17 +31,26 @@ class TeacherReplica:
     """One replica: N ranks, one engine, one failure unit."""
 
     def __init__(
-        self, setup: ReplicaSetup, group: PlacementGroup, name: str = "replica-0", generation: int = 0
+        self,
+        setup: ReplicaSetup,
+        group: PlacementGroup,
+        name: str = "replica-0",
+        generation: int = 0,
+        before: list[Counters] | None = None,
     ) -> None:
+        """``before``: the ``counters`` of the generation it replaces."""
         self._setup = setup
         self.name = name
-        self._generation = generation
+        self.generation = generation
+        self.counters = before or [NOTHING_YET] * setup.teacher.ranks
+        """By rank, as of its last heartbeat."""
         self._ranks = RankGroup(TeacherRank, teacher_ask(setup.teacher), group, TeacherError)
         self._serving: list[Any] = []
 
     def begin(self) -> None:
-        """Form the group and let every rank load, without waiting for the end of it."""
+        """Form the group and let every rank load, without waiting for the end of it. Raises: TeacherError."""
         limit_s = self._setup.teacher.start_seconds
+        self._ranks.locate(limit_s)
         form_group(self._ranks, self._setup.network, limit_s, self._setup.teacher.gpus_per_rank)
         self._building = [actor.build.remote(self._setup) for actor in self._ranks.actors]
 
@@ -50,28 +65,54 @@ class TeacherReplica:
         total, held = built[0]["parameters"], [one["parameters_held"] for one in built]
         _require_sharded(total, held)
         sequencer = self._ranks.gather([self._ranks.actors[0].open_sequencer.remote()], "open_sequencer", limit_s)[0]
-        addresses = self._ranks.all("open_endpoint", sequencer, timeout_s=limit_s)
+        addresses = self._ranks.all("open_endpoint", sequencer, self.generation, self.counters, timeout_s=limit_s)
         self._serving = [actor.serve.remote() for actor in self._ranks.actors]
-        endpoints = [Endpoint(self.name, self._generation, rank, one) for rank, one in enumerate(addresses)]
+        endpoints = [Endpoint(self.name, self.generation, rank, one) for rank, one in enumerate(addresses)]
         directory.publish(self.name, endpoints, self._setup.meaning)
         _LOG.info(
-            "teacher serves at %s: %.1f M parameters, %s M per rank, %s",
+            "teacher serves at %s (generation %d): %.1f M parameters, %s M per rank, %s",
             ", ".join(addresses),
+            self.generation,
             total / 1e6,
             " + ".join(f"{one / 1e6:.1f}" for one in held),
             built[0]["dtype"],
         )
 
-    @property
-    def serving(self) -> list[Any]:
-        """One pending call per rank; one that ends before ``stop`` means the replica is lost."""
-        return self._serving
+    def watch(self, stopping: threading.Event) -> None:
+        """Return when ``stopping`` is set.
 
-    def raise_fault(self, call: Any) -> None:
-        """A ``serving`` call has ended. Raises: TeacherError."""
-        rank = self._serving.index(call)
-        self._ranks.result(call, rank, "serve")
-        raise TeacherError(f"teacher, rank {rank} stopped serving")
+        Raises:
+            TeacherError: a rank died, failed, or left a heartbeat unanswered for ``teacher.heartbeat_seconds``.
+        """
+        limit_s, actors = self._setup.teacher.heartbeat_seconds, self._ranks.actors
+        asked = {actor.beat.remote(): (rank, time.monotonic()) for rank, actor in enumerate(actors)}
+        while not stopping.wait(_BEAT_S):
+            if ray.wait(self._serving, timeout=0)[0]:
+                raise self._fault()
+            answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
+            now = time.monotonic()
+            for call in answered:
+                rank, _ = asked.pop(call)
+                self.counters[rank] = self._ranks.result(call, rank, "beat")
+                asked[actors[rank].beat.remote()] = (rank, now)
+            for rank, since in asked.values():
+                if now - since > limit_s:
+                    raise TeacherError(
+                        f"teacher, rank {rank} has not answered for {now - since:.1f} s, after forward"
+                        f" {self.counters[rank].forwards} (teacher.heartbeat_seconds = {limit_s:g})"
+                    )
+
+    def _fault(self) -> TeacherError:
+        """What became of the ranks that serve no more."""
+        ended, _ = ray.wait(self._serving, num_returns=len(self._serving), timeout=_AFTERMATH_S)
+        faults = []
+        for rank in sorted(self._serving.index(call) for call in ended):
+            try:
+                self._ranks.result(self._serving[rank], rank, "serve")
+                faults.append(f"teacher, rank {rank} stopped serving")
+            except TeacherError as error:
+                faults.append(str(error))
+        return TeacherError("; ".join(faults))
 
     def kill(self) -> None:
         """End at once: nobody waits for an answer any more."""

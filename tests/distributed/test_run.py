@@ -176,8 +176,7 @@ def test_served_teacher_over_tls(tmp_path: Path, teacher_dir: Path, text_dir: Pa
     assert access.credentials is not None
     with pytest.raises(StreamError, match="does not answer a plain connection"):
         list_endpoints(replace(access, credentials=None))
-    served, _ = list_endpoints(access)
-    for endpoint in served:
+    for endpoint in list_endpoints(access).endpoints:
         with connect(endpoint.address) as client, pytest.raises(FlightUnavailableError):
             call(client, "stats", access.token, 10)
     assert run("train", str(config), "--teacher-endpoints", str(endpoints), log=log) == 0, log.read_text()

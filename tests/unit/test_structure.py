@@ -27,7 +27,16 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MAY_IMPORT = {
     "deepspeed": {"engine"},
-    "ray": {"cluster", "teacher/replica", "teacher/service", "student/worker", "student/service", "start", "driver"},
+    "ray": {
+        "cluster",
+        "teacher/replica",
+        "teacher/service",
+        "teacher/guard",
+        "student/worker",
+        "student/service",
+        "start",
+        "driver",
+    },
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

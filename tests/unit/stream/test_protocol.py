@@ -31,9 +31,10 @@ def directory() -> Iterator[DirectoryServer]:
 
 
 def test_the_runs_own_are_served(directory: DirectoryServer):
-    endpoints, meaning = list_endpoints(Access(directory.address, TOKEN, AUTHORITY.issue()))
-    assert endpoints == [ENDPOINT]
-    assert meaning is not None
+    listing = list_endpoints(Access(directory.address, TOKEN, AUTHORITY.issue()))
+    assert listing.endpoints == [ENDPOINT]
+    assert listing.meaning is not None
+    assert listing.rebuilding == []
 
 
 STRANGERS = {

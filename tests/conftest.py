@@ -1,5 +1,6 @@
 """Tiny real models, a tiny real tokenizer and a little text, made once a session."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -157,7 +158,7 @@ FAMILIES = {
 def make_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A tiny model with weights large enough that its distributions are not flat."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from kdscale.config.schema import StudentSection
+from kdscale.engine.attention import attend_by_document
 from kdscale.errors import ModelError
 from kdscale.head import HeadSpec, head_logits
 
@@ -105,6 +106,8 @@ def build_student(student: StudentSection, teacher_directory: Path, dtype: torch
             assert student.config is not None
             model = from_fields(student.config, dtype)
     model.config.use_cache = False
+    if not student.gpus_per_rank:
+        attend_by_document(model)
     freeze(model, student.freeze)
     require_known_head(model)
     return model

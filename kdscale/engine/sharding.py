@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from kdscale.engine.attention import attend_by_document
 from kdscale.engine.models import load_causal_lm
 
 
@@ -20,6 +21,8 @@ class InferenceModel:
         # transformers shards while it loads if this object lives; it must also outlive the model.
         self._keep_alive = HfDeepSpeedConfig(settings) if settings["zero_optimization"]["stage"] == 3 else None
         model = load_causal_lm(directory, dtype)
+        if device.type == "cpu":
+            attend_by_document(model)
         self.model: PreTrainedModel = model if self._keep_alive else model.to(device)  # type: ignore[arg-type]
         self.model.eval()
         # One rank needs no engine: stage 0 leaves the module as it is.

@@ -161,6 +161,10 @@ class TargetsSection(Section):
     encoding: Literal["auto"] | Encoding = "auto"
     """How numbers travel: float16 or uint8 (topk, sampled), uint4 (topk; ids sorted, the fewest bytes), bfloat16 or int8
     (hidden), float32 (dense). auto: the first that is named here for the payload."""
+    source: Literal["live", "recording"] = "live"
+    """live: asked of the served teacher; recording: read from ``recording``, without a teacher."""
+    recording: str | None = None
+    """Directory that ``kdscale record`` has filled."""
     sampler: Sampler = "threshold"
     """How ``sampled`` draws. threshold: likely tokens exactly, the others by systematic sampling; replacement:
     independent draws (arXiv 2503.16870)."""
@@ -327,6 +331,23 @@ class RunConfig(Section):
                 f"stream.give_up_seconds = {give_up_s:g}: students would give up before a lost teacher is noticed"
                 f" (teacher.heartbeat_seconds = {teacher.heartbeat_seconds:g} and {_NOTICE_S:g} s more); raise it, or set"
                 " teacher.restarts: 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _recording(self) -> "RunConfig":
+        targets, temperature = self.targets, self.loss.temperature
+        if (targets.source == "recording") != (targets.recording is not None):
+            state = (
+                "is missing: the directory that `kdscale record` has filled"
+                if targets.recording is None
+                else "is not read"
+            )
+            raise ValueError(f"targets.source = {targets.source}: targets.recording {state}")
+        if targets.source == "recording" and targets.payload != "hidden" and len(set(ends(temperature))) > 1:
+            raise ValueError(
+                f"loss.temperature changes during the run, but a recording of targets.payload = {targets.payload} holds one"
+                " temperature; use a constant one, or targets.payload: hidden"
             )
         return self
 

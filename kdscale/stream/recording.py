@@ -22,6 +22,7 @@ import pyarrow as pa
 import xxhash
 
 from kdscale.batch import SoftTargets, TokenBatch
+from kdscale.config.schema import RunConfig
 from kdscale.errors import CoverageError, IdentityError, PayloadError, RecordingError
 from kdscale.head import Head
 from kdscale.spec import TargetSpec
@@ -34,7 +35,8 @@ from kdscale.targets.layout import schema as target_schema
 
 _PROVENANCE, _MANIFEST, _HEAD = "PROVENANCE.json", "MANIFEST.json", "head.arrow"
 _SHARD = re.compile(r"([a-z0-9]+(?:-r\d+)?)-(\d{5})\.arrow")
-_SHARD_BYTES = 256 << 20
+_SHARD_BYTES = 64 << 20
+"""What at most is recorded again after a kill."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Provenance:
     """How it is cut into rows."""
     targets: TargetSpec
 
+    @staticmethod
+    def of(config: RunConfig, meaning: Meaning, corpus: str) -> "Provenance":
+        """What the config's first step asks a teacher of ``meaning`` for, on the text of fingerprint ``corpus``."""
+        return Provenance(meaning, corpus, f"{config.data.packing} {config.data.row_tokens}", config.target_spec(0))
+
     def as_dict(self) -> dict[str, Any]:
         return {"version": 1, **asdict(self)}
 
@@ -58,10 +65,6 @@ def row_key(row: TokenBatch) -> bytes:
     for plane in (row.ids_RL, row.segments_RL, row.positions_RL, row.predicts_RL):
         digest.update(plane.tobytes())
     return digest.digest()
-
-
-def rows_of(batch: TokenBatch) -> list[TokenBatch]:
-    return [batch.cut(slice(row, row + 1)) for row in range(batch.num_rows)]
 
 
 class RecordingWriter:
@@ -175,7 +178,7 @@ class Recording:
             CoverageError: a row that was not recorded.
             PayloadError: a row that is damaged.
         """
-        return SoftTargets.join([self._row(row, spec) for row in rows_of(batch)])
+        return SoftTargets.join([self._row(row, spec) for row in batch.rows()])
 
     def _row(self, row: TokenBatch, spec: TargetSpec) -> SoftTargets:
         key = row_key(row)

@@ -19,7 +19,6 @@ from kdscale.stream.recording import (
     begin,
     finish,
     row_key,
-    rows_of,
     save_head,
 )
 from tests.served import Teacher, batch
@@ -47,7 +46,7 @@ def record(teacher: Teacher, directory: Path, rows: TokenBatch, *, stop_after: i
     done = Recording(directory, asked)
     row_bytes = 24 * 40
     writer = RecordingWriter(directory, "train", TOPK, teacher.meaning, 24, shard_bytes=2 * row_bytes)
-    for number, row in enumerate(rows_of(rows)):
+    for number, row in enumerate(rows.rows()):
         if stop_after is not None and number >= stop_after:
             return
         if ("train", row) not in done:
@@ -90,7 +89,7 @@ def test_held_out_rows_and_the_head_make_the_distribution(teacher: Teacher, tmp_
     rows, asked, source = batch(rows=2), provenance(teacher), teacher.source()
     begin(tmp_path, asked)
     writer = RecordingWriter(tmp_path, "heldout", HIDDEN, teacher.meaning, 24)
-    for row in rows_of(rows):
+    for row in rows.rows():
         writer.add(row_key(row), source.fetch_batches(row, HIDDEN))
     writer.flush()
     save_head(tmp_path, source.fetch_head())

@@ -16,6 +16,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from torch import nn
 
 from kdscale.errors import CheckpointError
 
@@ -39,9 +40,11 @@ class Captured:
 class HostCapture(CheckpointEngine):
     """Saves into ``Captured``, loads from disk."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
+        """``module`` is what is trained."""
         super().__init__()
         self.name = "HostCapture"
+        self._module = module
         self._root = Path()
         self._captured = Captured()
         self._refusal: Exception | None = None
@@ -62,7 +65,7 @@ class HostCapture(CheckpointEngine):
         if captured.fault is not None:
             return
         try:
-            clones = _Clones()
+            clones = _Clones(self._module)
             name = Path(path).relative_to(self._root).as_posix()
             captured.files[name] = clones.of(state_dict)
             captured.num_bytes += clones.num_bytes
@@ -92,9 +95,11 @@ class HostCapture(CheckpointEngine):
 
 
 class _Clones:
-    """Deep copies on the host; what is one tensor under several names stays one."""
+    """Deep copies on the host; what is one tensor under several names stays one, and frozen weights there need no copy."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
+        frozen = (one for one in module.parameters() if not one.requires_grad and one.device.type == "cpu")
+        self._frozen = {one.data_ptr() for one in frozen if one.untyped_storage().nbytes() == one.nbytes}
         self._made: dict[tuple[Any, ...], torch.Tensor] = {}
         self.num_bytes = 0
 
@@ -115,8 +120,10 @@ class _Clones:
         tensor = value.detach()
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() == 0 or place not in self._made:
-            made = torch.empty(tensor.shape, dtype=tensor.dtype)
-            made.copy_(tensor)
+            made = tensor
+            if tensor.data_ptr() not in self._frozen:
+                made = torch.empty(tensor.shape, dtype=tensor.dtype)
+                made.copy_(tensor)
             self._made[place] = made
             self.num_bytes += made.nbytes
         return self._made[place]
@@ -125,7 +132,7 @@ class _Clones:
 def install(engine: DeepSpeedEngine) -> HostCapture:
     """Make ``engine`` save into host memory; returns where."""
     if not isinstance(engine.checkpoint_engine, HostCapture):
-        engine.checkpoint_engine = HostCapture()
+        engine.checkpoint_engine = HostCapture(engine.module)
         # Under ZeRO rank 0 copies two scripts beside the shards; a full disk would leave the other ranks in the barrier.
         engine._copy_recovery_script = lambda directory: None
     return engine.checkpoint_engine

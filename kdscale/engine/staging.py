@@ -53,7 +53,9 @@ def publish(staging: Path, final: Path, keep: int) -> None:
     try:
         write_durably(root / "latest", final.name.encode())
         for _, directory in by_age(root)[keep:]:
-            shutil.rmtree(directory)
+            # Half removed it would look like a damaged one.
+            going = directory.rename(root / f".{directory.name}.pruned.partial")
+            shutil.rmtree(going)
     except OSError as error:
         _LOG.warning("%s is saved, but tidying up behind it failed: %s", final, error)
 

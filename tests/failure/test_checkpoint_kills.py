@@ -123,7 +123,6 @@ def test_a_kill_at_any_call_leaves_a_whole_checkpoint(savers: Savers, tmp_path: 
         assert after is not None
         assert before.step <= after.step <= before.step + saver_process.SAVES
         outcomes["older" if after.step == before.step else "newer"] += 1
-        assert len(by_age(root)) <= saver_process.KEEP + 1, "a kill in the midst of pruning leaves one more"
         before = after
     assert sum(outcomes.values()) >= 30
     assert len(outcomes) == 2, f"kills before and after the new one counts: {outcomes}"

@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo
+from torch import nn
 
 from kdscale.engine.capture import HostCapture
 from kdscale.errors import CheckpointError
 
+NOTHING = nn.Module()
 
-def capture(root: Path) -> HostCapture:
-    engine = HostCapture()
+
+def capture(root: Path, module: nn.Module = NOTHING) -> HostCapture:
+    engine = HostCapture(module)
     engine.create(CheckpointCommitInfo(tag="shards", save_dir=str(root), save_latest=False))
     return engine
 
@@ -40,6 +43,17 @@ def test_what_training_changes_afterwards_is_not_in_it(tmp_path: Path):
     assert engine.take().files == {}
 
 
+def test_frozen_weights_are_not_copied(tmp_path: Path):
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[0].requires_grad_(False)
+    engine = capture(tmp_path, module)
+    engine.save({"module": module.state_dict()}, str(tmp_path / "x.pt"))
+    (found,) = engine.take().files.values()
+    assert found["module"]["0.weight"].data_ptr() == module[0].weight.data_ptr()
+    assert found["module"]["1.weight"].data_ptr() != module[1].weight.data_ptr()
+    assert torch.equal(found["module"]["1.weight"], module[1].weight)
+
+
 def test_a_fault_is_kept_and_not_raised(tmp_path: Path):
     engine = capture(tmp_path)
     engine.save({"w": torch.ones(2)}, str(tmp_path / "shards" / "x.pt"))
@@ -51,7 +65,7 @@ def test_a_fault_is_kept_and_not_raised(tmp_path: Path):
 
 
 def test_a_refusal_keeps_nothing(tmp_path: Path):
-    engine = HostCapture()
+    engine = HostCapture(NOTHING)
     engine.refuse(OSError("still hangs"))
     engine.create(CheckpointCommitInfo(tag="shards", save_dir=str(tmp_path), save_latest=False))
     engine.save({"w": torch.ones(2)}, str(tmp_path / "x.pt"))
@@ -67,6 +81,6 @@ def test_only_listed_objects_are_loaded(tmp_path: Path):
     path = tmp_path / "x.pt"
     torch.save({"w": Surprise()}, path)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        HostCapture().load(str(path))
+        HostCapture(NOTHING).load(str(path))
     torch.save({"w": torch.ones(2)}, path)
-    assert HostCapture().load(str(path))["w"].tolist() == [1, 1]
+    assert HostCapture(NOTHING).load(str(path))["w"].tolist() == [1, 1]

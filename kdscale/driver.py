@@ -248,7 +248,7 @@ def show(events: list[dict[str, Any]], display: Display) -> None:
             case "phase" | "leaving":
                 display.phase(event["phase"])
             case "checkpoint":
-                display.phase(f"saved {event['path']}")
+                display.phase(event["text"])
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:

@@ -236,10 +236,23 @@ class StreamSection(Section):
 
 
 class CheckpointSection(Section):
-    every_steps: int = Field(50, ge=1)
-    """Save after this many steps (and after the last)."""
+    every_steps: int | None = Field(50, ge=1)
+    """Save after this many steps (and after the last); ``null``: by ``every_seconds`` alone."""
+    every_seconds: float | None = Field(None, gt=0)
+    """Save when this long has passed since the last save began, by rank 0's clock, at the end of the step."""
     keep: int = Field(2, ge=2)
-    """How many checkpoints are kept."""
+    """How many checkpoints are kept; older ones go once a new one has been read back."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written: warn and train on with the older ones, or end the run. The last save of a run,
+    and the one before it leaves on a signal, always end it."""
+    write_seconds: float = Field(600, gt=0)
+    """A checkpoint that is not written within this time counts as failed."""
+
+    @model_validator(mode="after")
+    def _ever(self) -> "CheckpointSection":
+        if self.every_steps is None and self.every_seconds is None:
+            raise ValueError("checkpoint.every_steps and checkpoint.every_seconds are both null; set one of them")
+        return self
 
 
 class EvaluateSection(Section):

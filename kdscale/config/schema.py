@@ -203,6 +203,9 @@ class CheckpointSection(Section):
     """Save after this many steps (and after the last)."""
     keep: int = Field(2, ge=2)
     """How many checkpoints are kept."""
+    allow_changed: list[str] = Field([])
+    """Settings (dotted names, or whole sections) that may differ from the checkpoint's when a run goes on from it; also
+    ``--allow-changed``. Otherwise a run of other meaning is refused with the differences."""
 
 
 class EvaluateSection(Section):

@@ -2,6 +2,7 @@
 
 checkpoints/step-40/MANIFEST.json      what is here (sha256 of every file), of which run, at which step
                     shards/...         DeepSpeed's files, one per rank and kind
+                    index-0.json         where in them rank 0's part of each parameter lies
                     state-0.safetensors  rank 0's random state
             latest                     a hint; the newest directory that verifies is what counts
 """
@@ -17,15 +18,14 @@ from typing import Any
 
 import deepspeed
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from kdscale import log
 from kdscale.engine.process import any_rank, barrier
+from kdscale.engine.shards import SHARDS, write_index
 from kdscale.errors import CheckpointError
 
 _LOG = log.get(__name__)
-_TAG = "shards"
 _MANIFEST = "MANIFEST.json"
 _STEP = re.compile(r"step-(\d+)")
 
@@ -50,11 +50,14 @@ def save(
     *,
     identity: dict[str, Any],
     notes: dict[str, Any],
+    index: dict[str, Any],
     rank: int,
     world: int,
     keep: int,
 ) -> Path:
     """Write ``root/step-N`` on storage that all ranks share; every rank calls it.
+
+    ``index`` is what ``Partition.describe`` says of this rank's part of the parameters.
 
     A rank whose write fails says so to the others, so none is left waiting; older checkpoints stay untouched.
 
@@ -67,10 +70,11 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     barrier()
-    engine.save_checkpoint(str(staging), tag=_TAG, save_latest=False)
+    engine.save_checkpoint(str(staging), tag=SHARDS, save_latest=False)
     fault: OSError | None = None
     try:
         save_file({"torch": torch.get_rng_state()}, staging / f"state-{rank}.safetensors")
+        write_index(staging, rank, index)
         barrier()
         files = sorted(path for path in staging.rglob("*") if path.is_file() and path.suffix != ".hashes")
         hashes = {str(path.relative_to(staging)): _sync_and_hash(path) for path in files[rank::world]}
@@ -184,29 +188,3 @@ def set_aside(root: Path) -> None:
             number += 1
         root.rename(aside)
         _LOG.warning("checkpoints of an earlier run now lie in %s", aside)
-
-
-def restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, rank: int) -> None:
-    """Bring engine and random state to where ``checkpoint`` was saved. Raises: CheckpointError."""
-    path, _ = engine.load_checkpoint(str(checkpoint.directory), tag=_TAG)
-    if path is None:
-        raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint.directory / _TAG}")
-    try:
-        torch.set_rng_state(load_file(checkpoint.directory / f"state-{rank}.safetensors")["torch"])
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{checkpoint.directory} has no random state for rank {rank}: {error}") from error
-
-
-def require_same_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """Raises: CheckpointError listing what differs."""
-    stored = checkpoint.identity
-    differ = [
-        f"{key}: checkpoint {stored.get(key)!r}, now {identity.get(key)!r}"
-        for key in sorted(stored.keys() | identity.keys())
-        if stored.get(key) != identity.get(key)
-    ]
-    if differ:
-        raise CheckpointError(
-            f"{checkpoint.directory} belongs to a run with other settings: {'; '.join(differ)}. Change them back, give the"
-            " run another name (run.name=...), or start over with --resume never"
-        )

@@ -109,6 +109,12 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """What optimizer step ``step`` draws (dropout) depends on these three alone: not on what was drawn before, on where a
+    run was resumed, or on what else draws in this process."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
 def set_threads(threads: int, *, deterministic: bool) -> None:
     torch.set_num_threads(threads)
     if deterministic:

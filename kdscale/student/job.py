@@ -10,6 +10,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kdscale import identity as identities
 from kdscale import log
 from kdscale.batch import TokenBatch
 from kdscale.data.corpus import Corpus, build_corpus
@@ -17,8 +18,10 @@ from kdscale.data.loader import Loader
 from kdscale.data.tokenizer import Tokenizer, load_tokenizer
 from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
+from kdscale.engine.environment import environment
 from kdscale.engine.export import write_model
 from kdscale.engine.models import build_student
+from kdscale.engine.restore import Way, restore
 from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
@@ -32,6 +35,10 @@ from kdscale.student.trainer import Totals, Trainer
 from kdscale.student.worker import StudentSetup
 
 _LOG = log.get(__name__)
+_WAYS: dict[Way, str] = {
+    "exact": "every rank from its own shards, bit for bit",
+    "converted": "parameter by parameter: the ranks, ZeRO stage or dtype are others than the checkpoint's",
+}
 _HELD_OUT_ROWS = 2
 """Rows of one request for held-out targets; in a pipeline 1, where all requests have one shape."""
 
@@ -74,18 +81,40 @@ class StudentJob:
         self._start = 0
         self._notes: dict[str, Any] = {}
         if setup.resume_from is not None:
-            found = checkpoints.verify(Path(setup.resume_from))
-            checkpoints.require_same_identity(found, setup.identity)
-            checkpoints.restore(self._student.engine, found, rank)
-            self._start, self._notes = found.step, found.notes
+            self._go_on_from(checkpoints.verify(Path(setup.resume_from)))
 
     def _lay_out(self, model: PreTrainedModel) -> Student:
         config, vocab_size = self._config, self._setup.meaning.vocab_size
         chunk_bytes = int(config.loss.chunk_mib * 2**20)
-        settings = student_settings(config, str(self._dtype).removeprefix("torch."))
+        settings = student_settings(config, self._dtype_name)
         if self._topology.pipeline == 1:
             return DataParallelStudent(model, vocab_size, chunk_bytes, settings, self._rank)
         return PipelineStudent(model, vocab_size, chunk_bytes, settings, self._topology, self._rank)
+
+    def _go_on_from(self, found: checkpoints.Checkpoint) -> None:
+        """Take over what ``found`` holds. Raises: CheckpointError, also for a change of settings that may not be."""
+        then = found.identity | found.notes["environment"] | {"student.dtype": found.notes["dtype"]}
+        now = self._setup.identity | environment(self._device) | {"student.dtype": self._dtype_name}
+        changed = identities.require_resumable(
+            str(found.directory),
+            identities.changes(then, now),
+            deterministic=self._config.run.deterministic,
+            allowed=self._config.checkpoint.allow_changed,
+        )
+        student, world = self._student, self._topology.world
+        way = restore(student.engine, student.partition, found, self._rank, world)
+        self._start, self._notes = found.step, found.notes
+        self._phase(f"going on from step {found.step}, {_WAYS[way]}")
+        if self._rank == 0 and changed:
+            _LOG.warning("going on from %s with changes: %s", found.directory, "; ".join(c.line() for c in changed))
+        self._notes["changes"] = [
+            *self._notes.get("changes", []),
+            *({"step": found.step, "name": c.name, "then": c.then, "now": c.now} for c in changed),
+        ]
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self._dtype).removeprefix("torch.")
 
     @property
     def _holds_loss(self) -> bool:
@@ -95,7 +124,7 @@ class StudentJob:
         return {
             "parameters": self._parameters,
             "parameters_trained": self._trained,
-            "dtype": str(self._dtype).removeprefix("torch."),
+            "dtype": self._dtype_name,
             "start_step": self._start,
             "rss_bytes": psutil.Process().memory_info().rss,
         }
@@ -110,7 +139,8 @@ class StudentJob:
             config,
             loader,
             cut,
-            self._topology.data_rank(self._rank),
+            self._topology,
+            self._rank,
             self._student.step(cut),
             emit=lambda metrics: self._emit({"kind": "step", "metrics": metrics.as_dict()}),
             save=self._save,
@@ -130,7 +160,7 @@ class StudentJob:
             if prefetcher is not None:
                 prefetcher.close()
         report |= {"step": outcome.step, "stopped": outcome.stopped, "totals": asdict(outcome.totals)}
-        report["steps_per_epoch"] = loader.steps_per_epoch
+        report |= {"steps_per_epoch": loader.steps_per_epoch, "changes": self._notes.get("changes", [])}
         if outcome.stopped:
             return report
         if held_out is not None:
@@ -233,13 +263,14 @@ class StudentJob:
 
     def _save(self, step: int, totals: Totals) -> None:
         self._emit({"kind": "leaving" if self._should_stop() else "phase", "phase": f"saving step {step}"})
-        self._notes |= {"totals": asdict(totals), "dtype": str(self._dtype).removeprefix("torch.")}
+        self._notes |= {"totals": asdict(totals), "dtype": self._dtype_name, "environment": environment(self._device)}
         path = checkpoints.save(
             self._student.engine,
             self._directory / "checkpoints",
             step,
             identity=self._setup.identity,
             notes=self._notes,
+            index=self._student.partition.describe(),
             rank=self._rank,
             world=self._topology.world,
             keep=self._config.checkpoint.keep,

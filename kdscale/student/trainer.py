@@ -9,6 +9,7 @@ from typing import Any
 from kdscale.batch import TokenBatch
 from kdscale.config.schema import RunConfig
 from kdscale.data.loader import Loader
+from kdscale.engine.process import seed_step
 from kdscale.engine.training import learning_rate
 from kdscale.losses.objective import objective_at
 from kdscale.metrics import StepMetrics
@@ -16,7 +17,7 @@ from kdscale.spec import TargetSpec
 from kdscale.stream.prefetch import Prefetcher
 from kdscale.stream.source import TargetSource
 from kdscale.student.step import MicroBatch, Step, StepResult
-from kdscale.topology import BatchCut
+from kdscale.topology import BatchCut, Topology
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Trainer:
         config: RunConfig,
         loader: Loader,
         cut: BatchCut,
-        data_rank: int,
+        topology: Topology,
+        rank: int,
         step: Step,
         *,
         emit: Callable[[StepMetrics], None],
@@ -64,7 +66,7 @@ class Trainer:
         self._train = config.train
         self._loader = loader
         self._cut = cut
-        self._data_rank = data_rank
+        self._rank, self._data_rank = rank, topology.data_rank(rank)
         self._step = step
         self._emit = emit
         self._save = save
@@ -86,6 +88,7 @@ class Trainer:
         tokens_only = (batch for batch, _ in self.requests(start)) if prefetcher is None else None
         for number in range(start, self._train.steps):
             began = time.monotonic()
+            seed_step(self._config.run.seed, number, self._rank)
             result = self._step.train(
                 self._fetch(prefetcher, tokens_only),
                 objective_at(self._config.loss, number, self._train.steps),

@@ -8,6 +8,7 @@ import torch
 from kdscale.batch import SoftTargets
 from kdscale.engine import checkpoint, process
 from kdscale.engine.export import load_checkpoint_weights
+from kdscale.engine.restore import restore
 from kdscale.losses.divergence import Divergence
 from kdscale.losses.objective import Objective
 from kdscale.student.layout import PipelineStudent
@@ -53,12 +54,20 @@ def check(family: str, dtype: torch.dtype, rank: int, world: int, out: Path) -> 
     first.steps(3)
     saved = first.student.whole_state()
     path = checkpoint.save(
-        first.student.engine, out / f"{family}-{dtype}", 3, identity={}, notes={}, rank=rank, world=world, keep=2
+        first.student.engine,
+        out / f"{family}-{dtype}",
+        3,
+        identity={},
+        notes={},
+        index=first.student.partition.describe(),
+        rank=rank,
+        world=world,
+        keep=2,
     )
     expected = first.steps(3)
     again = Run(family, dtype, 1, rank, world)
     found = checkpoint.verify(path)
-    checkpoint.restore(again.student.engine, found, rank)
+    assert restore(again.student.engine, again.student.partition, found, rank, world) == "exact"
     assert again.steps(3) == expected, f"{family} {dtype}: {expected}"
     if rank == 0:
         plain = make_model(family, 2).to(dtype)

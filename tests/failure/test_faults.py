@@ -127,7 +127,7 @@ def test_another_configuration_does_not_go_on_from_a_checkpoint(tmp_path: Path, 
     assert run("train", str(config), "loss.hard_weight=0.5", log=log) == 1
     text = log.read_text()
     assert "CheckpointError" in text
-    assert "loss: checkpoint" in text
+    assert "loss.hard_weight: checkpoint 0.0, now 0.5" in text
     assert run("train", str(config), "loss.hard_weight=0.5", "--resume", "never", log=log) == 0, log.read_text()
     runs = tmp_path / "runs" / "tiny"
     assert (runs / "checkpoints.1" / "step-12" / "MANIFEST.json").is_file(), "the earlier run's checkpoints are kept"

@@ -46,6 +46,12 @@ class Fragment:
     """Of its ``{step, exp_avg, exp_avg_sq}``."""
 
 
+def digest(parameter: nn.Parameter) -> str:
+    """``dtype:sha256`` of a whole parameter's bytes."""
+    raw = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return f"{parameter.dtype}:{hashlib.sha256(raw.data).hexdigest()}"
+
+
 class Partition:
     """This rank's slots and fragments."""
 
@@ -142,13 +148,12 @@ class Partition:
         return {"fragments": [asdict(fragment) for fragment in self.fragments], "frozen": self.frozen_digests()}
 
     def frozen_digests(self) -> dict[str, str]:
-        """``dtype:sha256`` of each frozen parameter, which are in no slot; every rank calls it."""
+        """``digest`` of each frozen parameter, which are in no slot; every rank calls it."""
         if self._digests is None:
             self._digests = {}
             for name, one in self._frozen.items():
-                with gathered([one]), torch.no_grad():
-                    raw = one.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-                    self._digests[name] = f"{one.dtype}:{hashlib.sha256(raw.data).hexdigest()}"
+                with gathered([one]):
+                    self._digests[name] = digest(one)
         return self._digests
 
     def forget_digests(self) -> None:

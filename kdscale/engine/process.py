@@ -120,6 +120,8 @@ def set_threads(threads: int, *, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # Else every torch.empty is filled, and DeepSpeed makes one of reduce_bucket_size elements (2 GB) in each step.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from kdscale.engine.checkpoint import Checkpoint
 from kdscale.engine.partition import MOMENTS, Partition
 from kdscale.engine.process import any_rank
-from kdscale.engine.shards import SHARDS, Shards
+from kdscale.engine.shards import SHARDS, Shards, require_same_frozen
 from kdscale.engine.training import Engine
 from kdscale.errors import CheckpointError
 
@@ -80,14 +80,7 @@ def _require_same_parameters(partition: Partition, shards: Shards, directory: Pa
             raise CheckpointError(
                 f"{directory} is not of this student: {name} is {shape} here, and {there} in the checkpoint"
             )
-    for name, digest in partition.frozen_digests().items():
-        stored = shards.frozen.get(name, digest)
-        # Of another dtype there is nothing to compare.
-        if stored.split(":")[0] == digest.split(":")[0] and stored != digest:
-            raise CheckpointError(
-                f"{directory}: the frozen parameter {name} is not the one it was trained with; give the student the same"
-                " start (student.init, student.model, run.seed, versions), or go on with the same ranks and ZeRO stage"
-            )
+    require_same_frozen(directory, partition.frozen_digests(), shards)
 
 
 def _agree(fault: CheckpointError | None, engine: Engine, checkpoint: Checkpoint) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint's master weights and optimizer states by parameter, whichever ranks wrote them. One parameter at a time."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,18 @@ class Shards:
         if name not in self._files:
             self._files[name] = load_shard(self._directory / SHARDS / name)
         return self._files[name]
+
+
+def require_same_frozen(directory: Path, digests: Mapping[str, str], shards: Shards) -> None:
+    """``digests`` of frozen parameters against those in the checkpoint; of another dtype there is nothing to compare.
+
+    Raises:
+        CheckpointError: naming the first that differs.
+    """
+    for name, digest in digests.items():
+        stored = shards.frozen.get(name, digest)
+        if stored.split(":")[0] == digest.split(":")[0] and stored != digest:
+            raise CheckpointError(
+                f"{directory}: the frozen parameter {name} is not the one it was trained with; give the student the same"
+                " start (student.init, student.model, run.seed, versions)"
+            )

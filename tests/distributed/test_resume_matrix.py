@@ -42,7 +42,7 @@ def some(world: int) -> list[Case]:
                 Case(stage=1, pipeline=2, save_at=(2, MID_EPOCH)),
             ]
         case _:
-            return [Case(stage=1, pipeline=2, family="gpt2"), Case(stage=1, pipeline=2, save_at=(2, MID_EPOCH))]
+            return [Case(stage=1, pipeline=2, family="gpt2", save_at=(2, MID_EPOCH))]
 
 
 def every(world: int) -> list[Case]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.config.schema import RunConfig
 from kdscale.data.loader import Loader
 from kdscale.engine import checkpoint, process
+from kdscale.engine.export import load_checkpoint_weights
 from kdscale.engine.models import freeze
 from kdscale.engine.restore import restore
 from kdscale.engine.settings import batch_cut, student_settings, topology_of
@@ -167,7 +168,17 @@ class TinyRun:
         found = checkpoint.newest(root)
         assert found is not None
         self.start = found.step
+        if self._rank == 0:
+            self._assert_exports(found, root.parent / f"weights-{found.step}.safetensors")
         return restore(self.student.engine, self.student.partition, found, self._rank, self._world)
+
+    def _assert_exports(self, found: checkpoint.Checkpoint, weights: Path) -> None:
+        """A plain model of other weights takes from the shards what the engine had when it saved."""
+        plain = make_student(self._case, seed=2)
+        load_checkpoint_weights(plain, found)
+        expected, state = load_file(weights), dict(plain.named_parameters())
+        assert expected.keys() == state.keys()
+        assert [name for name in expected if not torch.equal(expected[name], state[name])] == [], self._case.name
 
     def train(self, root: Path | None = None, interrupt: tuple[int, Callable[[], None]] | None = None) -> list[dict]:
         """Train from where it stands to the end, saving below ``root``; the metrics of the steps, but for times."""
@@ -199,6 +210,10 @@ class TinyRun:
         return steps
 
     def save(self, root: Path, step: int) -> None:
+        weights = self.student.whole_state()
+        if self._rank == 0:
+            root.mkdir(parents=True, exist_ok=True)
+            save_file(weights, root.parent / f"weights-{step}.safetensors")
         checkpoint.save(
             self.student.engine,
             root,

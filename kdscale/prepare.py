@@ -13,6 +13,7 @@ from kdscale.engine.checkpoint import Checkpoint
 from kdscale.engine.families import require_pipeline_family
 from kdscale.engine.models import load_config, model_digest, resolve_model
 from kdscale.engine.settings import check_settings, student_dtype
+from kdscale.engine.shards import Shards
 from kdscale.errors import CheckpointError, IdentityError, ModelError
 from kdscale.stream.protocol import Meaning
 
@@ -95,7 +96,7 @@ def require_resumable(config: RunConfig, checkpoint: Checkpoint | None, identity
 
     Raises:
         ConfigError: ``checkpoint.allow_changed`` names what is no setting.
-        CheckpointError: another run's checkpoint, or one of a step behind the last.
+        CheckpointError: another run's checkpoint, one of a step behind the last, or one without an index of its shards.
     """
     allowed = config.checkpoint.allow_changed
     identities.require_known(allowed, [*identity, "corpus", *identities.names(config), *identities.ENVIRONMENT])
@@ -106,6 +107,7 @@ def require_resumable(config: RunConfig, checkpoint: Checkpoint | None, identity
             f"{checkpoint.directory} was written after {checkpoint.step} steps and train.steps = {config.train.steps};"
             " raise train.steps, name an earlier checkpoint with --resume, or start over with --resume never"
         )
+    Shards(checkpoint.directory)
     then = {name: value for name, value in checkpoint.identity.items() if name in identity or name != "corpus"}
     if (dtype := student_dtype(config)) != "auto":
         then, identity = then | {"student.dtype": checkpoint.notes["dtype"]}, identity | {"student.dtype": dtype}

@@ -1,5 +1,6 @@
 """One process of a group: device, dtype, threads, seeds, and the process group under DeepSpeed."""
 
+import hashlib
 import ipaddress
 import os
 import random
@@ -134,6 +135,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` holds on any rank; every rank must ask."""
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
+def same_on_all_ranks(text: str, device: torch.device) -> bool:
+    """Whether every rank says the same; every rank must ask."""
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+    ends = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return ends.tolist() == [number, -number]
 
 
 def barrier() -> None:

@@ -10,7 +10,6 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kdscale import identity as identities
 from kdscale import log
 from kdscale.batch import TokenBatch
 from kdscale.data.corpus import Corpus, build_corpus
@@ -21,7 +20,6 @@ from kdscale.engine import process
 from kdscale.engine.environment import environment
 from kdscale.engine.export import write_model
 from kdscale.engine.models import build_student
-from kdscale.engine.restore import Way, restore
 from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
@@ -31,14 +29,11 @@ from kdscale.stream.client import FlightSource
 from kdscale.stream.protocol import Access
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
 from kdscale.student.module import flatten_batch
+from kdscale.student.resume import WAYS, go_on_from, require_one_environment
 from kdscale.student.trainer import Totals, Trainer
 from kdscale.student.worker import StudentSetup
 
 _LOG = log.get(__name__)
-_WAYS: dict[Way, str] = {
-    "exact": "every rank from its own shards, bit for bit",
-    "converted": "parameter by parameter: the ranks, ZeRO stage or dtype are others than the checkpoint's",
-}
 _HELD_OUT_ROWS = 2
 """Rows of one request for held-out targets; in a pipeline 1, where all requests have one shape."""
 
@@ -77,11 +72,18 @@ class StudentJob:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        if config.run.deterministic:
+            require_one_environment(device)
         self._student = self._lay_out(model)
         self._start = 0
         self._notes: dict[str, Any] = {}
         if setup.resume_from is not None:
-            self._go_on_from(checkpoints.verify(Path(setup.resume_from)))
+            found = checkpoints.verify(Path(setup.resume_from))
+            way, self._notes = go_on_from(
+                found, setup, self._student, self._dtype_name, device, rank, self._topology.world
+            )
+            self._start = found.step
+            self._phase(f"going on from step {found.step}, {WAYS[way]}")
 
     def _lay_out(self, model: PreTrainedModel) -> Student:
         config, vocab_size = self._config, self._setup.meaning.vocab_size
@@ -90,27 +92,6 @@ class StudentJob:
         if self._topology.pipeline == 1:
             return DataParallelStudent(model, vocab_size, chunk_bytes, settings, self._rank)
         return PipelineStudent(model, vocab_size, chunk_bytes, settings, self._topology, self._rank)
-
-    def _go_on_from(self, found: checkpoints.Checkpoint) -> None:
-        """Take over what ``found`` holds. Raises: CheckpointError, also for a change of settings that may not be."""
-        then = found.identity | found.notes["environment"] | {"student.dtype": found.notes["dtype"]}
-        now = self._setup.identity | environment(self._device) | {"student.dtype": self._dtype_name}
-        changed = identities.require_resumable(
-            str(found.directory),
-            identities.changes(then, now),
-            deterministic=self._config.run.deterministic,
-            allowed=self._config.checkpoint.allow_changed,
-        )
-        student, world = self._student, self._topology.world
-        way = restore(student.engine, student.partition, found, self._rank, world)
-        self._start, self._notes = found.step, found.notes
-        self._phase(f"going on from step {found.step}, {_WAYS[way]}")
-        if self._rank == 0 and changed:
-            _LOG.warning("going on from %s with changes: %s", found.directory, "; ".join(c.line() for c in changed))
-        self._notes["changes"] = [
-            *self._notes.get("changes", []),
-            *({"step": found.step, "name": c.name, "then": c.then, "now": c.now} for c in changed),
-        ]
 
     @property
     def _dtype_name(self) -> str:

@@ -160,7 +160,8 @@ class LossSection(Section):
 
 class TrainSection(Section):
     steps: int = Field(100, ge=1)
-    """Optimizer steps."""
+    """Optimizer steps. A finished run can be given more: at a constant rate it goes on as if it had always been longer;
+    under a schedule the change must be allowed (``checkpoint.allow_changed``), and the rest follows the longer schedule."""
     batch_rows: int = Field(8, ge=1)
     """Rows of one optimizer step, over all ranks."""
     micro_rows: int = Field(1, ge=1)

@@ -19,6 +19,8 @@ WAYS: dict[Way, str] = {
     "exact": "every rank from its own shards, bit for bit",
     "converted": "parameter by parameter: ranks, ZeRO stage or dtype are not the checkpoint's",
 }
+_MEASURED = {"corpus", "teacher", "tokenizer", "data.heldout_tokens", "data.row_tokens", "data.packing"}
+"""What held-out quality is measured with."""
 
 
 def go_on_from(
@@ -42,7 +44,11 @@ def go_on_from(
     if rank == 0 and changed:
         _LOG.warning("going on from %s with changes: %s", found.directory, "; ".join(one.line() for one in changed))
     records = [{"step": found.step, "name": one.name, "then": one.then, "now": one.now} for one in changed]
-    return way, found.notes | {"changes": [*found.notes.get("changes", []), *records]}
+    notes = dict(found.notes)
+    if any(one.name in _MEASURED for one in changed):
+        # Measured on other text, or against another teacher: what comes after could not be compared with it.
+        notes.pop("quality_before", None)
+    return way, notes | {"changes": [*notes.get("changes", []), *records]}
 
 
 def require_one_environment(device: torch.device) -> None:

@@ -34,7 +34,7 @@ CHAINS: dict[str, list[tuple[int, Case]]] = {
     "stages": legs((0, {"stage": 3}), (0, {"stage": 1}), (0, {"stage": 3})),
     "more stages": legs((0, {"stage": 0}), (0, {"stage": 2}), (0, {"stage": 0})),
     "through frozen": [(0, Case(stage=1, steps=STEPS, frozen="embed_tokens"))],
-    "frozen": legs((0, {"stage": 1}), (1, {"stage": 3}), (2, {"stage": 2}), frozen="embed_tokens"),
+    "frozen": legs((0, {"stage": 1}), (1, {"stage": 2}), (2, {"stage": 3}), frozen="embed_tokens"),
     "through bfloat16": [(0, Case(stage=1, steps=STEPS, dtype="bfloat16"))],
     "bfloat16": legs((0, {"stage": 3}), (1, {"stage": 0}), (2, {"stage": 3}), dtype="bfloat16"),
     "to bfloat16": legs((0, {"stage": 1}), (1, {"stage": 2, "dtype": "bfloat16"}), (2, {"stage": 1})),

@@ -15,7 +15,7 @@ from kdscale.config.load import load_resolved
 from kdscale.display import Display
 from kdscale.engine.checkpoint import find
 from kdscale.errors import KdscaleError
-from kdscale.metrics import MetricsFile, StepMetrics
+from kdscale.metrics import StepMetrics
 from kdscale.prepare import corpus_of, prepare, require_resumable, run_identity
 from kdscale.start import Job, OwnTeacher, ServedTeacher, Stopped, place, start_students, start_teacher
 from kdscale.student.service import StudentGroup
@@ -40,8 +40,7 @@ def train(job: Job, resume: str) -> None:
         access = teacher.open()
         facts = students.built()
         students.start("run", access)
-        metrics = MetricsFile(job.directory / "metrics.jsonl", facts["start_step"])
-        report = watch(job, teacher, students, metrics)
+        report = watch(job, teacher, students)
     job.display.phase("measuring size, speed and memory")
     measured = measure_models(config, prepared.teacher_directory, job.directory / "student", report, facts)
     summary = make_summary(config, prepared, facts, report, measured)
@@ -65,7 +64,7 @@ def evaluate(job: Job, resume: str) -> None:
         access = teacher.open()
         students.built()
         students.start("evaluate", access)
-        report = watch(job, teacher, students, None)
+        report = watch(job, teacher, students)
     job.display.close()
     write_json(job.directory / "evaluation.json", report)
     print(json.dumps(report, indent=1))
@@ -86,9 +85,7 @@ def serve(job: Job, endpoints_file: Path) -> None:
     raise Stopped("the teacher was asked to")
 
 
-def watch(
-    job: Job, teacher: OwnTeacher | ServedTeacher, students: StudentGroup, metrics: MetricsFile | None
-) -> dict[str, Any]:
+def watch(job: Job, teacher: OwnTeacher | ServedTeacher, students: StudentGroup) -> dict[str, Any]:
     """Show what happens until every student rank has reported; returns rank 0's report.
 
     Raises:
@@ -102,7 +99,7 @@ def watch(
         pending = [call for call in students.running if call not in reports]
         ready, _ = ray.wait([*pending, *teacher.serving], timeout=_POLL_S)
         events = students.events()
-        show(events, metrics, job.display)
+        show(events, job.display)
         for call in ready:
             if call in teacher.serving:
                 teacher.raise_fault(call)
@@ -115,21 +112,18 @@ def watch(
             teacher.release()
         if deadline is not None and time.monotonic() > deadline:
             raise Stopped(f"nothing was saved within cluster.grace_seconds = {grace_s:g}")
-    show(students.events(), metrics, job.display)
+    show(students.events(), job.display)
     report = reports[students.running[0]]
     if report.get("stopped"):
         raise Stopped(f"saved at step {report['step']}")
     return report
 
 
-def show(events: list[dict[str, Any]], metrics: MetricsFile | None, display: Display) -> None:
+def show(events: list[dict[str, Any]], display: Display) -> None:
     for event in events:
         match event["kind"]:
             case "step":
-                assert metrics is not None
-                step = StepMetrics(**event["metrics"])
-                metrics.write(step)
-                display.step(step)
+                display.step(StepMetrics(**event["metrics"]))
             case "phase" | "leaving":
                 display.phase(event["phase"])
             case "checkpoint":

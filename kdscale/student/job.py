@@ -25,6 +25,7 @@ from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
 from kdscale.evaluate.quality import NO_SUMS, Quality, TeacherView, quality, quality_sums, teacher_view
 from kdscale.head import Head
+from kdscale.metrics import MetricsFile, StepMetrics
 from kdscale.stream.client import FlightSource
 from kdscale.stream.protocol import Access
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
@@ -77,6 +78,7 @@ class StudentJob:
         self._student = self._lay_out(model)
         self._start = 0
         self._notes: dict[str, Any] = {}
+        self._metrics: MetricsFile | None = None
         if setup.resume_from is not None:
             found = checkpoints.verify(Path(setup.resume_from))
             way, self._notes = go_on_from(
@@ -123,10 +125,12 @@ class StudentJob:
             self._topology,
             self._rank,
             self._student.step(cut),
-            emit=lambda metrics: self._emit({"kind": "step", "metrics": metrics.as_dict()}),
+            emit=self._step_done,
             save=self._save,
             should_stop=self._should_stop,
         )
+        if self._rank == 0:
+            self._metrics = MetricsFile(self._directory / "metrics.jsonl", self._start)
         report, held_out = self._check_teacher(loader.batch(0), corpus, source)
         # The teacher works on the first batches while the student is measured.
         prefetcher = trainer.prefetch(self._start, source) if config.loss.soft and self._holds_loss else None
@@ -196,6 +200,12 @@ class StudentJob:
             if not config.evaluate.quality:
                 return report, None
             return report, _HeldOut(batches, None if view is None else view.result())
+
+    def _step_done(self, metrics: StepMetrics) -> None:
+        # Written here, not where it is shown: a step that a checkpoint counts stands in the file, whoever dies.
+        if self._metrics is not None:
+            self._metrics.write(metrics)
+        self._emit({"kind": "step", "metrics": metrics.as_dict()})
 
     def _phase(self, name: str) -> None:
         self._emit({"kind": "phase", "phase": name})

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from kdscale import log
 from kdscale.engine.process import any_rank, barrier
-from kdscale.engine.shards import SHARDS, write_index
+from kdscale.engine.shards import SHARDS
 from kdscale.errors import CheckpointError
 
 _LOG = log.get(__name__)
@@ -50,14 +50,14 @@ def save(
     *,
     identity: dict[str, Any],
     notes: dict[str, Any],
-    index: dict[str, Any],
     rank: int,
     world: int,
     keep: int,
+    small: dict[str, bytes] | None = None,
 ) -> Path:
     """Write ``root/step-N`` on storage that all ranks share; every rank calls it.
 
-    ``index`` is what ``Partition.describe`` says of this rank's part of the parameters.
+    ``small`` are further files of this rank, by path inside the checkpoint.
 
     A rank whose write fails says so to the others, so none is left waiting; older checkpoints stay untouched.
 
@@ -74,7 +74,8 @@ def save(
     fault: OSError | None = None
     try:
         save_file({"torch": torch.get_rng_state()}, staging / f"state-{rank}.safetensors")
-        write_index(staging, rank, index)
+        for name, data in (small or {}).items():
+            (staging / name).write_bytes(data)
         barrier()
         files = sorted(path for path in staging.rglob("*") if path.is_file() and path.suffix != ".hashes")
         hashes = {str(path.relative_to(staging)): _sync_and_hash(path) for path in files[rank::world]}

@@ -24,9 +24,9 @@ def index_file(rank: int) -> str:
     return f"index-{rank}.json"
 
 
-def write_index(directory: Path, rank: int, index: dict[str, Any]) -> None:
-    """Write what ``Partition.describe`` gave. Raises: OSError."""
-    (directory / index_file(rank)).write_text(json.dumps(index))
+def index_files(rank: int, index: dict[str, Any]) -> dict[str, bytes]:
+    """What ``Partition.describe`` gave, as a file of the checkpoint: its content by its path."""
+    return {index_file(rank): json.dumps(index).encode()}
 
 
 def load_shard(path: Path) -> Any:

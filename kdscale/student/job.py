@@ -21,6 +21,7 @@ from kdscale.engine.environment import environment
 from kdscale.engine.export import write_model
 from kdscale.engine.models import build_student
 from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
+from kdscale.engine.shards import index_files
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
 from kdscale.evaluate.quality import NO_SUMS, Quality, TeacherView, quality, quality_sums, teacher_view
@@ -261,7 +262,7 @@ class StudentJob:
             step,
             identity=self._setup.identity,
             notes=self._notes,
-            index=self._student.partition.describe(),
+            small=index_files(self._rank, self._student.partition.describe()),
             rank=self._rank,
             world=self._topology.world,
             keep=self._config.checkpoint.keep,

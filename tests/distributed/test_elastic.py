@@ -36,9 +36,12 @@ CHAINS: dict[str, list[tuple[int, Case]]] = {
     "through frozen": [(0, Case(stage=1, steps=STEPS, frozen="embed_tokens"))],
     "frozen": legs((0, {"stage": 1}), (1, {"stage": 2}), (2, {"stage": 3}), frozen="embed_tokens"),
     "through bfloat16": [(0, Case(stage=1, steps=STEPS, dtype="bfloat16"))],
-    "bfloat16": legs((0, {"stage": 3}), (1, {"stage": 0}), (2, {"stage": 3}), dtype="bfloat16"),
+    "bfloat16": legs((0, {"stage": 3}), (1, {"stage": 0}), (2, {"stage": 1}), dtype="bfloat16"),
     "to bfloat16": legs((0, {"stage": 1}), (1, {"stage": 2, "dtype": "bfloat16"}), (2, {"stage": 1})),
     "pipeline": legs((0, {"stage": 1, "pipeline": 2}), (1, {"stage": 3}), (2, {"stage": 1, "pipeline": 2})),
+    "bfloat16 pipeline": legs(
+        (0, {"stage": 1, "pipeline": 2}), (1, {"stage": 3}), (2, {"stage": 1, "pipeline": 2}), dtype="bfloat16"
+    ),
 }
 
 

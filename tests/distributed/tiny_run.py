@@ -18,6 +18,7 @@ from kdscale.engine.export import load_checkpoint_weights
 from kdscale.engine.models import freeze
 from kdscale.engine.restore import restore
 from kdscale.engine.settings import batch_cut, student_settings, topology_of
+from kdscale.engine.shards import index_files
 from kdscale.metrics import StepMetrics
 from kdscale.spec import TargetSpec
 from kdscale.student.layout import DataParallelStudent, PipelineStudent
@@ -238,7 +239,7 @@ class TinyRun:
             step,
             identity={},
             notes={},
-            index=self.student.partition.describe(),
+            small=index_files(self._rank, self.student.partition.describe()),
             rank=self._rank,
             world=self._world,
             keep=9,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdscale.engine.partition import Fragment, digest
-from kdscale.engine.shards import SHARDS, Shards, index_file, load_shard, require_same_frozen, write_index
+from kdscale.engine.shards import SHARDS, Shards, index_file, index_files, load_shard, require_same_frozen
 from kdscale.errors import CheckpointError
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
@@ -25,7 +25,8 @@ def write_rank(directory: Path, rank: int, start: int, numel: int, *, steps: flo
     torch.save({"masters": [flat], "states": {0: state}}, directory / SHARDS / file)
     fragment = Fragment("weight", [2, 3], start, numel, 0, 2, [file, "masters", 0], [file, "states", 0])
     index = {"fragments": [asdict(fragment)], "frozen": {"embedding": digest(FROZEN)}}
-    write_index(directory, rank, index)
+    for name, data in index_files(rank, index).items():
+        (directory / name).write_bytes(data)
 
 
 def test_a_parameter_is_put_together_from_all_ranks(tmp_path: Path):

@@ -196,7 +196,8 @@ class LossSection(Section):
 
 class TrainSection(Section):
     steps: int = Field(100, ge=1)
-    """Optimizer steps."""
+    """Optimizer steps. A finished run can be given more: at a constant rate it goes on as if it had always been longer;
+    under a schedule the change must be allowed (``checkpoint.allow_changed``), and the rest follows the longer schedule."""
     batch_rows: int = Field(8, ge=1)
     """Rows of one optimizer step, over all ranks."""
     micro_rows: int = Field(1, ge=1)
@@ -247,6 +248,9 @@ class CheckpointSection(Section):
     and the one before it leaves on a signal, always end it."""
     write_seconds: float = Field(600, gt=0)
     """A checkpoint that is not written within this time counts as failed."""
+    allow_changed: list[str] = Field([])
+    """Settings (dotted names, or whole sections) that may differ from the checkpoint's when a run goes on from it; also
+    ``--allow-changed``. Otherwise a run of other meaning is refused with the differences."""
 
     @model_validator(mode="after")
     def _ever(self) -> "CheckpointSection":

@@ -200,10 +200,10 @@ def watch(job: Job, teacher: OwnTeacher | ServedTeacher, students: StudentGroup)
     deadline: float | None = None
     while len(reports) < len(students.running):
         pending = [call for call in students.running if call not in reports]
-        ready, _ = ray.wait(pending, timeout=_POLL_S)
+        ended, _ = ray.wait(pending, timeout=_POLL_S)
         events = [*teacher.events(), *students.events()]
         show(events, job.display)
-        for call in ready:
+        for call in ended:
             reports[call] = students.result(call)
         if job.stop.is_set() and deadline is None:
             job.display.phase("stopping after the step in progress")

@@ -36,7 +36,7 @@ from kdscale.stream.joining import RemoteRegistry
 from kdscale.student.service import StudentGroup
 from kdscale.summary import make_summary, measure_models
 
-_LOG = log.get(__name__)
+_LOG = log.get("kdscale.driver")  # which runs as __main__
 _POLL_S = 0.25
 _LEAVING_S = 2.5
 _TEARDOWN_S = 3.0

@@ -63,6 +63,7 @@ def train(job: Job, resume: str) -> None:
                 break
             except StudentError as fault:
                 back_off(job, fault, restarts, time.monotonic() - since)
+                # Who named a checkpoint goes on from it again: newer ones may be of another try.
                 checkpoint = find(job.directory / "checkpoints", "auto" if resume == "never" else resume)
     job.display.phase("measuring size, speed and memory")
     measured = measure_models(config, prepared.teacher_directory, job.directory / "student", report, facts)
@@ -183,7 +184,7 @@ def ready(job: Job, teacher: OwnTeacher | ServedTeacher, students: StudentGroup 
             show(students.events(), job.display)
             facts = students.built()
         if job.stop.wait(_POLL_S):
-            raise Stopped("before anything was trained")
+            raise Stopped("while its parts were starting")
     return facts
 
 

@@ -69,6 +69,10 @@ class TokenBatch:
         names = ("ids_RL", "segments_RL", "positions_RL", "predicts_RL")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
+    def rows(self) -> "list[TokenBatch]":
+        """Each row as a batch of its own."""
+        return [self.cut(slice(row, row + 1)) for row in range(self.num_rows)]
+
 
 @dataclass(frozen=True)
 class SoftTargets:

@@ -90,6 +90,22 @@ def teacher(
 
 
 @app.command(
+    epilog="Examples:  kdscale record configs/quickstart.yaml recordings/quickstart  |  kdscale train"
+    " configs/quickstart.yaml targets.source=recording targets.recording=recordings/quickstart"
+)
+def record(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="directory of the recording; one begun earlier goes on")],
+    overrides: Overrides = None,
+    teacher_endpoints: TeacherEndpoints = None,
+) -> None:
+    """Score the training text once and keep the targets, so that students train without a teacher. Ctrl-C stops; the same
+    command goes on."""
+    settings = load_config(config, [*(overrides or []), f"run.name={out.name}"])
+    _drive("record", settings, str(out), teacher_endpoints)
+
+
+@app.command(
     name="eval",
     epilog="Examples:  kdscale eval configs/quickstart.yaml --model runs/quickstart/student  |  kdscale eval"
     " configs/quickstart.yaml --checkpoint runs/quickstart/checkpoints/step-40",

@@ -20,6 +20,7 @@ from kdscale.engine.checkpoint import Checkpoint, find
 from kdscale.errors import KdscaleError, StudentError
 from kdscale.metrics import StepMetrics
 from kdscale.prepare import Prepared, corpus_of, prepare, run_identity
+from kdscale.record import Recorder
 from kdscale.start import (
     Job,
     OwnTeacher,
@@ -136,6 +137,25 @@ def serve(job: Job, endpoints_file: Path) -> None:
     raise Stopped("the teacher was asked to")
 
 
+def record(job: Job, directory: Path) -> None:
+    """Score the training text once and leave the targets in ``directory``. Raises: KdscaleError, Stopped."""
+    prepared = prepare(job.config)
+    with ExitStack() as stack:
+        teacher = start_teacher(job, prepared, place(job, stack, student=False), stack)
+        corpus = corpus_of(job.config, prepared, job.display.count)
+        recorder = Recorder(job.config, prepared.meaning, corpus, directory)
+        ready(job, teacher, None)
+
+        def tick(done: int, total: int) -> None:
+            show(teacher.events(), job.display)
+            job.display.count(done, total, "recording row")
+
+        if not recorder.run(teacher.access, tick, job.stop):
+            raise Stopped(f"finished shards stay in {directory}")
+    job.display.close()
+    print(directory)
+
+
 def join(job: Job, access_file: Path) -> None:
     """Serve replicas of the teacher to the run that ``access_file`` opens, until it ends or we are asked to leave.
 
@@ -229,7 +249,7 @@ def show(events: list[dict[str, Any]], display: Display) -> None:
             case "phase" | "leaving":
                 display.phase(event["phase"])
             case "checkpoint":
-                display.phase(f"saved {event['path']}")
+                display.phase(event["text"])
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
@@ -252,12 +272,17 @@ def main(flow: str, config_file: str, argument: str, endpoints: str = "") -> int
                 serve(job, Path(argument))
             case "join":
                 join(job, Path(argument))
+            case "record":
+                record(job, Path(argument))
             case _:
-                raise ValueError(f"flow {flow!r}: train, evaluate, serve or join")
+                raise ValueError(f"flow {flow!r}: train, evaluate, serve, join or record")
         return 0
     except Stopped as stopped:
         job.display.close()
-        how_on = "; the same command goes on from the newest checkpoint" if flow == "train" else ""
+        how_on = {
+            "train": "; the same command goes on from the newest checkpoint",
+            "record": "; the same command goes on",
+        }.get(flow, "")
         print(f"kdscale: stopped, {stopped}{how_on}", file=sys.stderr)
         return supervise.INTERRUPTED
     except KdscaleError as error:

@@ -58,3 +58,7 @@ class CanaryError(KdscaleError):
 
 class CheckpointError(KdscaleError):
     """A checkpoint is damaged, belongs to another run, or could not be written."""
+
+
+class RecordingError(KdscaleError):
+    """A recording of soft targets is missing, damaged, or could not be written."""

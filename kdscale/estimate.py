@@ -115,6 +115,11 @@ def student_memory(
     }
 
 
+def pending_checkpoint(parameters: int, trained: int, item_bytes: int) -> int:
+    """Bytes of host memory that a checkpoint takes over all ranks until it is written: a copy of weights and optimizer."""
+    return parameters * item_bytes + trained * 12
+
+
 def item_bytes(dtype: Dtype, gpus_per_rank: int) -> int:
     if dtype == "auto":
         return 2 if gpus_per_rank or cpu_has_bfloat16() else 4
@@ -135,4 +140,5 @@ def host_memory(config: RunConfig) -> int | None:
     # The stages of a pipeline hold one model between them, but each rank builds the whole one first.
     states = student_memory(parameters, trained, config.zero_stage, parallel.data, width)
     building = parallel.pipeline * parallel.data * parameters * width
-    return teacher + max(building, parallel.data * sum(size or 0 for size in states.values()))
+    training = parallel.data * sum(size or 0 for size in states.values())
+    return teacher + max(building, training + pending_checkpoint(parameters, trained, width))

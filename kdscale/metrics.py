@@ -31,6 +31,8 @@ class StepMetrics:
     seconds: float
     wait_seconds: float
     """Time spent waiting for soft targets, mean over ranks."""
+    checkpoint_stall_seconds: float
+    """Training stood still for checkpoints, between the step before and this one."""
     tokens_per_second: float
 
     def as_dict(self) -> dict[str, Any]:

@@ -9,7 +9,15 @@ from rich.table import Table
 
 from kdscale.config.schema import RunConfig
 from kdscale.engine.settings import batch_cut, check_settings, student_dtype, topology_of
-from kdscale.estimate import ModelFiles, item_bytes, read_model, student_memory, student_parameters, teacher_memory
+from kdscale.estimate import (
+    ModelFiles,
+    item_bytes,
+    pending_checkpoint,
+    read_model,
+    student_memory,
+    student_parameters,
+    teacher_memory,
+)
 from kdscale.targets.layout import row_bytes
 
 UNKNOWN = "unknown"
@@ -78,6 +86,7 @@ def _memory(config: RunConfig, files: ModelFiles) -> Table:
     held, trained_here = parameters // parallel.pipeline, trained // parallel.pipeline
     for name, size in student_memory(held, trained_here, config.zero_stage, parallel.data, width).items():
         table.add_row(f"student: {name}", _size(size))
+    table.add_row("student: host memory of a checkpoint", _size(pending_checkpoint(parameters, trained, width)))
     return table
 
 

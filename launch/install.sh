@@ -8,7 +8,8 @@ usage: bash launch/install.sh [--test]
 
 Makes a virtual environment with kdscale in it; does nothing when it is up to date.
 
-  --test    also install what the tests and checks need
+  --test    also install what the tests and checks need: Python packages, and as root strace, with apt-get where it is
+            missing (without it the test that kills a save at sampled system calls is skipped)
 
 environment:
   KDSCALE_VENV         where the environment lies          (default: .venv)
@@ -55,6 +56,16 @@ PY
   fi
 }
 
+install_strace() {
+  command -v strace >/dev/null && return
+  if [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null; then
+    echo "installing strace"
+    { apt-get -qq update && apt-get -qq install -y --no-install-recommends strace; } >/dev/null && return
+  fi
+  echo "strace is missing and could not be installed: the test that kills a save at sampled system calls is skipped" >&2
+}
+
+[[ "$extras" == *test* ]] && install_strace
 stamp="$venv/.kdscale-installed"
 state="$extras $(cat pyproject.toml launch/constraints.txt | sha256sum)"
 if [[ -f "$stamp" && "$(cat "$stamp")" == "$state" ]]; then

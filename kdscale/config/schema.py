@@ -161,6 +161,10 @@ class TargetsSection(Section):
     encoding: Literal["auto"] | Encoding = "auto"
     """How numbers travel: float16 or uint8 (topk, sampled), uint4 (topk; ids sorted, the fewest bytes), bfloat16 or int8
     (hidden), float32 (dense). auto: the first that is named here for the payload."""
+    source: Literal["live", "recording"] = "live"
+    """live: asked of the served teacher; recording: read from ``recording``, without a teacher."""
+    recording: str | None = None
+    """Directory that ``kdscale record`` has filled."""
     sampler: Sampler = "threshold"
     """How ``sampled`` draws. threshold: likely tokens exactly, the others by systematic sampling; replacement:
     independent draws (arXiv 2503.16870)."""
@@ -232,10 +236,23 @@ class StreamSection(Section):
 
 
 class CheckpointSection(Section):
-    every_steps: int = Field(50, ge=1)
-    """Save after this many steps (and after the last)."""
+    every_steps: int | None = Field(50, ge=1)
+    """Save after this many steps (and after the last); ``null``: by ``every_seconds`` alone."""
+    every_seconds: float | None = Field(None, gt=0)
+    """Save when this long has passed since the last save began, by rank 0's clock, at the end of the step."""
     keep: int = Field(2, ge=2)
-    """How many checkpoints are kept."""
+    """How many checkpoints are kept; older ones go once a new one has been read back."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written: warn and train on with the older ones, or end the run. The last save of a run,
+    and the one before it leaves on a signal, always end it."""
+    write_seconds: float = Field(600, gt=0)
+    """A checkpoint that is not written within this time counts as failed."""
+
+    @model_validator(mode="after")
+    def _ever(self) -> "CheckpointSection":
+        if self.every_steps is None and self.every_seconds is None:
+            raise ValueError("checkpoint.every_steps and checkpoint.every_seconds are both null; set one of them")
+        return self
 
 
 class EvaluateSection(Section):
@@ -327,6 +344,23 @@ class RunConfig(Section):
                 f"stream.give_up_seconds = {give_up_s:g}: students would give up before a lost teacher is noticed"
                 f" (teacher.heartbeat_seconds = {teacher.heartbeat_seconds:g} and {_NOTICE_S:g} s more); raise it, or set"
                 " teacher.restarts: 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _recording(self) -> "RunConfig":
+        targets, temperature = self.targets, self.loss.temperature
+        if (targets.source == "recording") != (targets.recording is not None):
+            state = (
+                "is missing: the directory that `kdscale record` has filled"
+                if targets.recording is None
+                else "is not read"
+            )
+            raise ValueError(f"targets.source = {targets.source}: targets.recording {state}")
+        if targets.source == "recording" and targets.payload != "hidden" and len(set(ends(temperature))) > 1:
+            raise ValueError(
+                f"loss.temperature changes during the run, but a recording of targets.payload = {targets.payload} holds one"
+                " temperature; use a constant one, or targets.payload: hidden"
             )
         return self
 

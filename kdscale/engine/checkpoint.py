@@ -1,38 +1,32 @@
-"""Sharded checkpoints: written aside, hashed, and made to exist by a manifest that is written last.
+"""Checkpoints: saved whole or not at all, found again, verified, restored.
 
-checkpoints/step-40/MANIFEST.json      what is here (sha256 of every file), of which run, at which step
+checkpoints/step-40/MANIFEST.json      what is here, of which run, at which step; signed, written last (``manifest``)
                     shards/...         DeepSpeed's files, one per rank and kind
                     state-0.safetensors  rank 0's random state
             latest                     a hint; the newest directory that verifies is what counts
+.checkpoint-key                        the key of the signatures, beside ``checkpoints/``
 """
 
-import hashlib
-import json
-import os
-import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from kdscale import log
-from kdscale.engine.process import any_rank, barrier
+from kdscale.engine import manifest
+from kdscale.engine.capture import SHARDS
+from kdscale.engine.manifest import Layout, key_of
+from kdscale.engine.randomness import set_random_state, state_file
+from kdscale.engine.saver import Saver
+from kdscale.engine.staging import by_age, set_aside, step_of
+from kdscale.engine.training import Engine
 from kdscale.errors import CheckpointError
 
 _LOG = log.get(__name__)
-_TAG = "shards"
-_MANIFEST = "MANIFEST.json"
-_STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory whose manifest verified."""
+    """A directory that verified."""
 
     directory: Path
     step: int
@@ -41,10 +35,16 @@ class Checkpoint:
     """What the run means: a run that means something else must not go on from here."""
     notes: dict[str, Any]
     """What the run wants to know again: quality before training, tokens trained, time spent."""
+    layout: Layout
+    """How the student lay on its ranks."""
+    environment: dict[str, str]
+    """Versions, instruction set and threads it was made with."""
+    signed: bool
+    """By the run's key; else that key was not there to check with."""
 
 
 def save(
-    engine: deepspeed.DeepSpeedEngine,
+    engine: Engine,
     root: Path,
     step: int,
     *,
@@ -53,107 +53,68 @@ def save(
     rank: int,
     world: int,
     keep: int,
+    small: dict[str, bytes] | None = None,
+    limit_s: float = 600.0,
 ) -> Path:
-    """Write ``root/step-N`` on storage that all ranks share; every rank calls it.
+    """Write ``root/step-N`` on storage that all ranks share, and wait for it; every rank calls it. ``saver.Saver`` does the
+    same beside the training. ``small`` are further files of this rank, by path inside the checkpoint.
 
     A rank whose write fails says so to the others, so none is left waiting; older checkpoints stay untouched.
 
     Raises:
         CheckpointError: on every rank, when any rank could not write.
     """
-    final = root / f"step-{step}"
-    staging = root / f".step-{step}.partial"
-    if rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    barrier()
-    engine.save_checkpoint(str(staging), tag=_TAG, save_latest=False)
-    fault: OSError | None = None
-    try:
-        save_file({"torch": torch.get_rng_state()}, staging / f"state-{rank}.safetensors")
-        barrier()
-        files = sorted(path for path in staging.rglob("*") if path.is_file() and path.suffix != ".hashes")
-        hashes = {str(path.relative_to(staging)): _sync_and_hash(path) for path in files[rank::world]}
-        (staging / f"rank-{rank}.hashes").write_text(json.dumps(hashes))
-    except OSError as error:
-        fault = error
-    if any_rank(fault is not None, engine.device):
-        raise CheckpointError(
-            f"checkpoint step-{step} could not be written: {fault or 'another rank failed'}"
-        ) from fault
-    if rank == 0:
-        merged: dict[str, str] = {}
-        for part in staging.glob("rank-*.hashes"):
-            merged.update(json.loads(part.read_text()))
-            part.unlink()
-        manifest = {"version": 1, "step": step, "world": world, "identity": identity, "notes": notes, "sha256": merged}
-        _write_durably(staging / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-        shutil.rmtree(final, ignore_errors=True)
-        staging.rename(final)
-        _write_durably(root / "latest", final.name)
-        _prune(root, keep)
-    barrier()
-    return final
-
-
-def _sync_and_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _prune(root: Path, keep: int) -> None:
-    for _, directory in _by_age(root)[keep:]:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _by_age(root: Path) -> list[tuple[int, Path]]:
-    """(step, directory), newest first."""
-    if not root.is_dir():
-        return []
-    found = [(int(match.group(1)), path) for path in root.iterdir() if (match := _STEP.fullmatch(path.name))]
-    return sorted(found, reverse=True)
+    saver = Saver(engine, root, step - 1, rank=rank, world=world, keep=keep, limit_s=limit_s)
+    saver.begin(step, identity=identity, notes=notes, small=small)
+    outcome = saver.wait()
+    assert outcome is not None
+    if outcome.fault:
+        raise CheckpointError(f"checkpoint step-{step} could not be written: {outcome.fault}")
+    return outcome.directory
 
 
 def verify(directory: Path) -> Checkpoint:
-    """Read the manifest and hash every file it names. Raises: CheckpointError naming what is wrong."""
+    """Check the manifest and hash every file; the signature too where the run's key lies beside ``directory``'s parent.
+
+    Raises:
+        CheckpointError: naming what is wrong.
+    """
     try:
-        manifest = json.loads((directory / _MANIFEST).read_text())
-        for name, expected in manifest["sha256"].items():
-            path = directory / name
-            if not path.resolve().is_relative_to(directory.resolve()):
-                raise CheckpointError(f"{directory}: the manifest names {name}, which lies outside")
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    raise CheckpointError(f"{path} is damaged: its sha256 is not the manifest's")
-        return Checkpoint(directory, int(manifest["step"]), dict(manifest["identity"]), dict(manifest["notes"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory} is not a whole checkpoint: {error!r}") from error
+        found = manifest.verify(directory, key_of(directory.absolute().parent.parent))
+    except OSError as error:
+        raise CheckpointError(f"{directory}: the key of its run cannot be read: {error}") from error
+    content = found.content
+    if step_of(directory) not in (None, content.step):
+        raise CheckpointError(f"{directory} holds step {content.step}: it is not what its name says")
+    return Checkpoint(
+        directory, content.step, content.identity, content.notes, content.layout, content.environment, found.signed
+    )
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint under ``root`` that verifies; damaged ones are named and skipped.
+    """The newest checkpoint under ``root`` that verifies, signature included; others are named and skipped.
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole. Starting over silently would be worse.
     """
-    candidates = _by_age(root)
+    candidates = by_age(root)
     for _, directory in candidates:
         try:
-            return verify(directory)
+            found = verify(directory)
         except CheckpointError as error:
             _LOG.warning("skipping a checkpoint: %s", error)
+            continue
+        if found.signed:
+            return found
+        _LOG.warning(
+            "skipping %s: its signature cannot be checked without the run's key; to trust it, name it: --resume %s",
+            directory,
+            directory,
+        )
     if candidates:
         raise CheckpointError(
-            f"{root} holds {len(candidates)} checkpoint(s) and none is whole; repair or remove them, or start over with"
-            " --resume never"
+            f"{root} holds {len(candidates)} checkpoint(s) and none is whole and signed by the run; repair or remove them,"
+            " name one with --resume PATH, or start over with --resume never"
         )
     return None
 
@@ -161,7 +122,8 @@ def newest(root: Path) -> Checkpoint | None:
 def find(root: Path, resume: str) -> Checkpoint | None:
     """Where to go on from: ``auto`` the newest whole checkpoint, ``never`` none, else the one at that path.
 
-    With ``never``, checkpoints of an earlier run are set aside, not removed.
+    With ``never``, checkpoints of an earlier run are set aside, not removed. One at a path counts by its hashes alone where
+    its run's key is not with it, and the log says so.
 
     Raises:
         CheckpointError: a named checkpoint is damaged, or no checkpoint of several is whole.
@@ -173,28 +135,20 @@ def find(root: Path, resume: str) -> Checkpoint | None:
             set_aside(root)
             return None
         case path:
-            return verify(Path(path))
+            found = verify(Path(path))
+            if not found.signed:
+                _LOG.warning(
+                    "%s: hashes agree, but its signature cannot be checked: the key of its run is not beside it", path
+                )
+            return found
 
 
-def set_aside(root: Path) -> None:
-    """Give an earlier run's checkpoints another name, so that a run from zero cannot mix with them."""
-    if _by_age(root):
-        number = 1
-        while (aside := root.with_name(f"{root.name}.{number}")).exists():
-            number += 1
-        root.rename(aside)
-        _LOG.warning("checkpoints of an earlier run now lie in %s", aside)
-
-
-def restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, rank: int) -> None:
+def restore(engine: Engine, checkpoint: Checkpoint, rank: int) -> None:
     """Bring engine and random state to where ``checkpoint`` was saved. Raises: CheckpointError."""
-    path, _ = engine.load_checkpoint(str(checkpoint.directory), tag=_TAG)
+    path, _ = engine.load_checkpoint(str(checkpoint.directory), tag=SHARDS)
     if path is None:
-        raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint.directory / _TAG}")
-    try:
-        torch.set_rng_state(load_file(checkpoint.directory / f"state-{rank}.safetensors")["torch"])
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{checkpoint.directory} has no random state for rank {rank}: {error}") from error
+        raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint.directory / SHARDS}")
+    set_random_state(checkpoint.directory / state_file(rank))
 
 
 def require_same_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:

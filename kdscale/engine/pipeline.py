@@ -14,6 +14,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
 from transformers import PreTrainedModel
 
+from kdscale.engine.capture import install
 from kdscale.engine.families import Activations, in_sequence
 from kdscale.errors import ModelError
 from kdscale.topology import Topology
@@ -88,6 +89,7 @@ class Pipeline:
                     other.to("meta")
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.engine: PipelineEngine = deepspeed.initialize(model=module, model_parameters=trained, config=settings)[0]
+        install(self.engine)
 
     def train(self, inputs: Iterator[Activations | None]) -> None:
         """One optimizer step over as many micro-batches as the settings say; every rank calls it.

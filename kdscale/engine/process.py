@@ -133,3 +133,18 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 def barrier() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+_TEXT_BYTES = 1024
+
+
+def text_of_ranks(text: str, device: torch.device) -> list[str]:
+    """What each rank says, by rank, cut to 1 KiB; every rank must ask."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [text]
+    raw = text.encode()[:_TEXT_BYTES]
+    mine = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
+    mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else 0
+    found = [torch.empty(_TEXT_BYTES, dtype=torch.uint8, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine.to(device))
+    return [bytes(one.tolist()).rstrip(b"\0").decode(errors="replace") for one in found]

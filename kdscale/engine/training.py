@@ -9,6 +9,7 @@ from torch import nn
 
 from kdscale.config.schedule import progress
 from kdscale.config.schema import TrainSection
+from kdscale.engine.capture import install
 
 __all__ = ["Engine", "gradient_norm", "learning_rate", "set_learning_rate", "training_engine"]
 
@@ -17,6 +18,7 @@ def training_engine(module: nn.Module, settings: dict[str, Any]) -> Engine:
     """DeepSpeed's engine for ``module``, which it casts, places and shards as ``settings`` say."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=parameters, config=settings)
+    install(engine)
     return engine
 
 

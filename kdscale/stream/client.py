@@ -49,8 +49,12 @@ class Received:
 class FlightSource:
     """A ``TargetSource`` over the live teacher endpoints of a run. Safe to call from several threads."""
 
-    def __init__(self, access: Access, meaning: Meaning, settings: StreamSection, who: str) -> None:
+    def __init__(
+        self, access: Access, meaning: Meaning, settings: StreamSection, who: str, *, by_row: bool = False
+    ) -> None:
+        """``by_row``: ask for each row by a request of its own, so that its targets depend, to the last bit, on nothing else."""
         self._access = access
+        self._by_row = by_row
         self._meaning = meaning
         self._settings = settings
         self._who = who
@@ -65,6 +69,9 @@ class FlightSource:
     # ---- the contract ----
 
     def fetch(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
+        if self._by_row and batch.num_rows > 1:
+            return SoftTargets.join([self.fetch(row, spec) for row in batch.rows()])
+
         def receive(line: Line, header: Header) -> SoftTargets:
             parts = self._exchange(line, header, batch)
             try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
 from kdscale.engine.export import write_model
 from kdscale.engine.models import build_student
+from kdscale.engine.saver import Saver
 from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
@@ -29,6 +30,7 @@ from kdscale.stream.client import FlightSource
 from kdscale.stream.protocol import Access
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
 from kdscale.student.module import flatten_batch
+from kdscale.student.saving import Saving
 from kdscale.student.trainer import Totals, Trainer
 from kdscale.student.worker import StudentSetup
 
@@ -75,6 +77,7 @@ class StudentJob:
         self._start = 0
         self._notes: dict[str, Any] = {}
         self._metrics: MetricsFile | None = None
+        self._saving: Saving | None = None
         if setup.resume_from is not None:
             found = checkpoints.verify(Path(setup.resume_from))
             checkpoints.require_same_identity(found, setup.identity)
@@ -104,6 +107,10 @@ class StudentJob:
 
     def run(self, access: Access) -> dict[str, Any]:
         """Canary, quality before, training, quality after, export. Raises: any KdscaleError."""
+        with self._open_saving() as saving:
+            return self._run(access, saving)
+
+    def _run(self, access: Access, saving: Saving) -> dict[str, Any]:
         config, source = self._config, self._source(access)
         tokenizer, corpus = self._text()
         cut, packing, columns = batch_cut(config), config.data.packing, config.data.row_tokens
@@ -115,8 +122,7 @@ class StudentJob:
             self._topology.data_rank(self._rank),
             self._student.step(cut),
             emit=self._step_done,
-            save=self._save,
-            should_stop=self._should_stop,
+            saving=saving,
         )
         if self._rank == 0:
             self._metrics = MetricsFile(self._directory / "metrics.jsonl", self._start)
@@ -133,7 +139,7 @@ class StudentJob:
         finally:
             if prefetcher is not None:
                 prefetcher.close()
-        report |= {"step": outcome.step, "stopped": outcome.stopped, "totals": asdict(outcome.totals)}
+        report |= {"step": outcome.step, "stopped": outcome.stopped}
         report["steps_per_epoch"] = loader.steps_per_epoch
         if outcome.stopped:
             return report
@@ -146,6 +152,9 @@ class StudentJob:
         report["teacher_stats"] = source.teacher_stats()
         report["received"] = {payload: asdict(received) for payload, received in source.received.items()}
         source.close()
+        saving.finish()
+        stall_s = outcome.totals.checkpoint_stall_seconds + saving.take_stall_seconds()
+        report["totals"] = asdict(replace(outcome.totals, checkpoint_stall_seconds=stall_s))
         return report
 
     def evaluate(self, access: Access) -> dict[str, Any]:
@@ -241,20 +250,36 @@ class StudentJob:
 
     # ---- what stays ----
 
-    def _save(self, step: int, totals: Totals) -> None:
-        self._emit({"kind": "leaving" if self._should_stop() else "phase", "phase": f"saving step {step}"})
-        self._notes |= {"totals": asdict(totals), "dtype": str(self._dtype).removeprefix("torch.")}
-        path = checkpoints.save(
+    def _open_saving(self) -> Saving:
+        config = self._config
+        saver = Saver(
             self._student.engine,
             self._directory / "checkpoints",
-            step,
-            identity=self._setup.identity,
-            notes=self._notes,
+            self._start,
             rank=self._rank,
             world=self._topology.world,
-            keep=self._config.checkpoint.keep,
+            keep=config.checkpoint.keep,
+            limit_s=config.checkpoint.write_seconds,
         )
-        self._emit({"kind": "checkpoint", "path": str(path), "step": step})
+        self._saving = Saving(
+            saver,
+            config.checkpoint,
+            self._rank,
+            identity=self._setup.identity,
+            notes=self._noted,
+            emit=self._emit,
+            should_stop=self._should_stop,
+            grace_s=config.cluster.grace_seconds,
+        )
+        return self._saving
+
+    def _noted(self, totals: Totals) -> dict[str, Any]:
+        return self._notes | {"totals": asdict(totals), "dtype": str(self._dtype).removeprefix("torch.")}
+
+    def settle(self, limit_s: float) -> None:
+        """Before the ranks are killed, from any thread: a checkpoint that is being written may become one."""
+        if self._saving is not None:
+            self._saving.settle(limit_s)
 
     @torch.no_grad()
     def _export(self, row: TokenBatch, save_tokenizer: Callable[[Path], None]) -> float:

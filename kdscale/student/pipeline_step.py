@@ -18,7 +18,7 @@ from kdscale.engine.training import set_learning_rate
 from kdscale.losses.fused import STATS
 from kdscale.losses.objective import Objective
 from kdscale.student.module import HeadWithLoss, flatten_batch
-from kdscale.student.step import MicroBatch, StepResult, step_result
+from kdscale.student.step import MicroBatch, Signals, StepResult, step_result
 from kdscale.topology import BatchCut, Topology
 
 
@@ -95,7 +95,7 @@ class PipelineStep:
         num_tokens_step: int,
         rate: float,
         *,
-        should_stop: Callable[[], bool] = lambda: False,
+        signals: Callable[[], Signals] = Signals,
     ) -> StepResult:
         """See ``Step``."""
         engine = self._pipeline.engine
@@ -104,7 +104,7 @@ class PipelineStep:
         self._waited_s = 0.0
         self._pipeline.train(self._feed(micro_batches, objective, factor))
         sums = self._head.take_sums(engine.device)
-        return step_result(engine, sums, self._waited_s, num_tokens_step, self._cut.data, stop=should_stop())
+        return step_result(engine, sums, self._waited_s, num_tokens_step, self._cut.data, signals())
 
     def _feed(
         self, micro_batches: Iterable[MicroBatch], objective: Objective, factor: float

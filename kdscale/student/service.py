@@ -4,6 +4,7 @@ import time
 from typing import Any, Literal
 
 import ray
+from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup
 
 from kdscale.cluster.placement import Ask
@@ -13,6 +14,8 @@ from kdscale.engine.settings import topology_of
 from kdscale.errors import StudentError
 from kdscale.stream.protocol import Access
 from kdscale.student.worker import StudentRank, StudentSetup
+
+_AFTER_DEATH_S = 3.0
 
 
 def student_ask(student: StudentSection) -> Ask:
@@ -27,6 +30,7 @@ class StudentGroup:
         self._student = setup.config.student
         self._ranks = RankGroup(StudentRank, student_ask(self._student), group, StudentError)
         self.running: list[Any] = []
+        self._asked_to_stop = False
 
     def begin(self) -> None:
         """Form the group and let every rank build, without waiting for the end of it. Raises: StudentError."""
@@ -71,8 +75,24 @@ class StudentGroup:
         return [event for call in calls for event in self._ranks.gather([call], "beat", limit_s)[0]]
 
     def ask_to_stop(self) -> None:
+        self._asked_to_stop = True
         for actor in self._ranks.actors:
             actor.stop.remote()
 
     def kill(self) -> None:
+        """End every rank. A checkpoint that is being written gets the grace first, unless a stop has used it up."""
+        if not self._asked_to_stop:
+            self._settle(self._setup.config.cluster.grace_seconds)
         self._ranks.kill()
+
+    def _settle(self, limit_s: float) -> None:
+        pending = [actor.settle.remote(limit_s) for actor in self._ranks.actors]
+        deadline = time.monotonic() + limit_s
+        while pending and (left_s := deadline - time.monotonic()) > 0:
+            ready, pending = ray.wait(pending, timeout=left_s)
+            for call in ready:
+                try:
+                    ray.get(call)
+                except RayActorError:
+                    # A dead rank has left its share or never will: rank 0 only has to find out.
+                    deadline = min(deadline, time.monotonic() + _AFTER_DEATH_S)

@@ -1,7 +1,7 @@
 """One optimizer step, however it is cut: micro-batches in, global sums out."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import torch
@@ -26,6 +26,20 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class Signals:
+    """What ranks tell each other beside the sums of a step: 1 from a rank that says so, then how many ranks did."""
+
+    stop: int = 0
+    """Was asked to stop."""
+    save: int = 0
+    """Asks for a checkpoint."""
+    written: int = 0
+    """Its share of the checkpoint being written lies on disk."""
+    failed: int = 0
+    """Its share will not be written."""
+
+
+@dataclass(frozen=True)
 class StepResult:
     """Means over the trained tokens of the whole step, all ranks."""
 
@@ -36,8 +50,8 @@ class StepResult:
     gradient_norm: float
     wait_seconds: float
     """Time spent waiting for soft targets, mean over the ranks that hold the loss."""
-    stop: bool
-    """Whether any rank was asked to stop."""
+    heard: Signals
+    """Of all ranks."""
 
 
 class Step(Protocol):
@@ -50,9 +64,9 @@ class Step(Protocol):
         num_tokens_step: int,
         rate: float,
         *,
-        should_stop: Callable[[], bool] = lambda: False,
+        signals: Callable[[], Signals] = Signals,
     ) -> StepResult:
-        """One optimizer step at learning rate ``rate``.
+        """One optimizer step at learning rate ``rate``; ``signals`` is asked at its end.
 
         The gradient is that of ``sum over the step of the objective / num_tokens_step``.
         """
@@ -60,22 +74,23 @@ class Step(Protocol):
 
 
 def step_result(
-    engine: Engine, sums: torch.Tensor, waited_s: float, num_tokens_step: int, data_ranks: int, *, stop: bool
+    engine: Engine, sums: torch.Tensor, waited_s: float, num_tokens_step: int, data_ranks: int, signals: Signals
 ) -> StepResult:
     """The means that a step amounts to; every rank calls it.
 
     ``sums`` are this rank's loss and statistics ``STATS``, float64 [1 + S]; zeros on ranks that hold no loss.
     """
-    sums = sum_over_ranks(torch.cat([sums, sums.new_tensor([waited_s, float(stop)])]))
+    beside = [waited_s, *map(float, astuple(signals))]
+    *own, waited, stop, save, written, failed = sum_over_ranks(torch.cat([sums, sums.new_tensor(beside)])).tolist()
     count = max(1, num_tokens_step)
-    means = {name: float(sums[1 + index] / count) for index, name in enumerate(STATS) if name != "count"}
+    means = {name: own[1 + index] / count for index, name in enumerate(STATS) if name != "count"}
     return StepResult(
-        num_tokens=int(sums[1 + STATS.index("count")]),
-        loss=float(sums[0] / count),
+        num_tokens=int(own[1 + STATS.index("count")]),
+        loss=own[0] / count,
         means=means,
         gradient_norm=gradient_norm(engine),
-        wait_seconds=float(sums[-2] / data_ranks),
-        stop=bool(sums[-1] > 0),
+        wait_seconds=waited / data_ranks,
+        heard=Signals(int(stop), int(save), int(written), int(failed)),
     )
 
 
@@ -95,7 +110,7 @@ class DataParallelStep:
         num_tokens_step: int,
         rate: float,
         *,
-        should_stop: Callable[[], bool] = lambda: False,
+        signals: Callable[[], Signals] = Signals,
     ) -> StepResult:
         """See ``Step``."""
         engine = self._engine
@@ -116,4 +131,4 @@ class DataParallelStep:
             sums[0] += loss.detach().double()
             sums[1:] += stats.double()
             waited_s += micro.waited_s
-        return step_result(engine, sums, waited_s, num_tokens_step, self._data_ranks, stop=should_stop())
+        return step_result(engine, sums, waited_s, num_tokens_step, self._data_ranks, signals())

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import xxhash
 
@@ -17,7 +17,7 @@ from kdscale.metrics import StepMetrics
 from kdscale.spec import TargetSpec
 from kdscale.stream.prefetch import Prefetcher
 from kdscale.stream.source import TargetSource
-from kdscale.student.step import MicroBatch, Step, StepResult
+from kdscale.student.step import MicroBatch, Signals, Step, StepResult
 from kdscale.topology import BatchCut
 
 
@@ -28,12 +28,14 @@ class Totals:
     tokens: int = 0
     seconds: float = 0.0
     wait_seconds: float = 0.0
+    checkpoint_stall_seconds: float = 0.0
 
     def plus(self, metrics: StepMetrics) -> "Totals":
         return Totals(
             self.tokens + metrics.num_tokens,
             self.seconds + metrics.seconds,
             self.wait_seconds + metrics.wait_seconds,
+            self.checkpoint_stall_seconds + metrics.checkpoint_stall_seconds,
         )
 
 
@@ -45,6 +47,16 @@ class Outcome:
     totals: Totals
     stopped: bool
     """Asked to stop before the last step."""
+
+
+class Saving(Protocol):
+    """What the loop knows of checkpoints; see ``student.saving``."""
+
+    def signals(self) -> Signals: ...
+
+    def after_step(self, done: int, heard: Signals, totals: Totals, *, last: bool) -> None: ...
+
+    def take_stall_seconds(self) -> float: ...
 
 
 class Trainer:
@@ -59,8 +71,7 @@ class Trainer:
         step: Step,
         *,
         emit: Callable[[StepMetrics], None],
-        save: Callable[[int, Totals], Any],
-        should_stop: Callable[[], bool],
+        saving: Saving,
     ) -> None:
         self._config = config
         self._train = config.train
@@ -69,8 +80,7 @@ class Trainer:
         self._data_rank = data_rank
         self._step = step
         self._emit = emit
-        self._save = save
-        self._should_stop = should_stop
+        self._saving = saving
 
     def requests(self, start: int) -> Iterator[tuple[TokenBatch, TargetSpec]]:
         """This rank's micro-batches from step ``start`` on, in the order they are trained on, and what each asks for."""
@@ -94,15 +104,15 @@ class Trainer:
                 objective_at(self._config.loss, number, self._train.steps),
                 self._loader.batch(number).num_tokens,
                 learning_rate(number, self._train),
-                should_stop=self._should_stop,
+                signals=self._saving.signals,
             )
             metrics = self._metrics(number, result, digest.hexdigest(), time.monotonic() - began)
             totals = totals.plus(metrics)
             self._emit(metrics)
             done = number + 1
-            if done == self._train.steps or result.stop or done % self._config.checkpoint.every_steps == 0:
-                self._save(done, totals)
-            if result.stop and done < self._train.steps:
+            last = done == self._train.steps
+            self._saving.after_step(done, result.heard, totals, last=last)
+            if result.heard.stop and not last:
                 return Outcome(done, totals, stopped=True)
         return Outcome(self._train.steps, totals, stopped=False)
 
@@ -139,5 +149,6 @@ class Trainer:
             learning_rate=learning_rate(number, self._train),
             seconds=seconds,
             wait_seconds=result.wait_seconds,
+            checkpoint_stall_seconds=self._saving.take_stall_seconds(),
             tokens_per_second=result.num_tokens / seconds,
         )

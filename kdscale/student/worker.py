@@ -27,7 +27,8 @@ class StudentSetup:
 
 
 class StudentRank:
-    """The actor. Its methods are called in this order: open_store (rank 0), join, build, run; stop and beat any time."""
+    """The actor. Its methods are called in this order: open_store (rank 0), join, build, run; stop, settle and beat at any
+    time."""
 
     def __init__(self, rank: int, world: int) -> None:
         log.setup(f"student {rank}")
@@ -71,6 +72,11 @@ class StudentRank:
         while not self._events.empty():
             happened.append(self._events.get())
         return happened
+
+    def settle(self, limit_s: float) -> None:
+        """Give a checkpoint that is being written ``limit_s`` to become one, beside whatever else this rank does."""
+        if self._job is not None:
+            self._job.settle(limit_s)
 
     def stop(self) -> None:
         """Save and leave at the end of the step in progress."""

@@ -20,13 +20,19 @@ ROOT = Path(__file__).parents[2]
 _MARK = "turns: "
 
 
-def serve(work: Callable[[], dict[str, float]], owned_bytes: int | None = None) -> None:
-    """A side's main loop: one line in, one round, one line out. ``work`` returns figures that other sides must agree with.
+def serve(
+    work: Callable[[], dict[str, float]],
+    owned_bytes: int | None = None,
+    afterwards: Callable[[], None] = lambda: None,
+) -> None:
+    """A side's main loop: one line in, one round, one line out. ``work`` returns figures that other sides must agree with;
+    ``afterwards`` follows each, outside the time, before the next side's turn.
 
     ``owned_bytes``: outputs and gradients that the work itself allocates, which are not transient; without it memory is not
     looked at.
     """
     figures = work()
+    afterwards()
     transient = None
     if owned_bytes is not None:
         # The largest of several: what the kernel takes back meanwhile hides some of a peak.
@@ -35,7 +41,9 @@ def serve(work: Callable[[], dict[str, float]], owned_bytes: int | None = None) 
     for _ in sys.stdin:
         began = time.perf_counter()
         work()
-        say(str(time.perf_counter() - began))
+        seconds = time.perf_counter() - began
+        afterwards()
+        say(str(seconds))
 
 
 def say(line: str) -> None:

@@ -16,7 +16,17 @@ from kdscale.config.schema import ClusterSection
 from kdscale.engine.checkpoint import newest, verify
 from kdscale.errors import CheckpointError, PlacementError
 from tests.conftest import make_tokenizer
-from tests.runs import KDSCALE, assert_nothing_left, finish, marked, run, start, wait_for_step, write_config
+from tests.runs import (
+    KDSCALE,
+    assert_nothing_left,
+    finish,
+    marked,
+    run,
+    start,
+    wait_for_file,
+    wait_for_step,
+    write_config,
+)
 
 
 def refused(*arguments: str, timeout: float = 90) -> tuple[int, str]:
@@ -96,6 +106,7 @@ def test_dead_teacher_rank_ends_the_run_with_its_checkpoint_intact(tmp_path: Pat
     log, directory = tmp_path / "log", tmp_path / "runs" / "tiny"
     process = start("train", str(config), log=log)
     wait_for_step(directory, 25, process, log)
+    wait_for_file(directory / "checkpoints" / "step-20" / "MANIFEST.json", process, log)
     ranks = [one for one in marked() if "TeacherRank" in " ".join(one.cmdline())]
     assert len(ranks) == 2
     ranks[1].kill()

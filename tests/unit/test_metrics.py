@@ -8,7 +8,7 @@ from rich.console import Console
 from kdscale.display import Display
 from kdscale.metrics import MetricsFile, StepMetrics
 
-STEP = StepMetrics(1, 100, "ab12", 2.0, 1.9, 3.0, 1.8, 0.5, 2.0, 0.9, 0.8, 1.0, 1.0, 1e-3, 2.0, 0.5, 50.0)
+STEP = StepMetrics(1, 100, "ab12", 2.0, 1.9, 3.0, 1.8, 0.5, 2.0, 0.9, 0.8, 1.0, 1.0, 1e-3, 2.0, 0.5, 0.0, 50.0)
 
 
 def test_each_step_stands_once_after_a_resume(tmp_path: Path):

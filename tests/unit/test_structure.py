@@ -19,7 +19,7 @@ LAYERS = [
     {"evaluate"},
     {"teacher", "student"},
     {"prepare", "supervise", "display", "estimate"},
-    {"summary", "start"},
+    {"summary", "start", "record"},
     {"driver"},
     {"show", "doctor", "offline", "probe"},
     {"cli"},

@@ -37,7 +37,7 @@ from kdscale.stream.joining import RemoteRegistry
 from kdscale.student.service import StudentGroup
 from kdscale.summary import make_summary, measure_models
 
-_LOG = log.get(__name__)
+_LOG = log.get("kdscale.driver")  # which runs as __main__
 _POLL_S = 0.25
 _LEAVING_S = 2.5
 _TEARDOWN_S = 3.0
@@ -65,6 +65,7 @@ def train(job: Job, resume: str) -> None:
                 break
             except StudentError as fault:
                 back_off(job, fault, restarts, time.monotonic() - since)
+                # Who named a checkpoint goes on from it again: newer ones may be of another try.
                 checkpoint = find(job.directory / "checkpoints", "auto" if resume == "never" else resume)
     job.display.phase("measuring size, speed and memory")
     measured = measure_models(config, prepared.teacher_directory, job.directory / "student", report, facts)
@@ -206,7 +207,7 @@ def ready(job: Job, teacher: OwnTeacher | ServedTeacher, students: StudentGroup 
             show(students.events(), job.display)
             facts = students.built()
         if job.stop.wait(_POLL_S):
-            raise Stopped("before anything was trained")
+            raise Stopped("while its parts were starting")
     return facts
 
 
@@ -223,10 +224,10 @@ def watch(job: Job, teacher: OwnTeacher | ServedTeacher, students: StudentGroup)
     deadline: float | None = None
     while len(reports) < len(students.running):
         pending = [call for call in students.running if call not in reports]
-        ready, _ = ray.wait(pending, timeout=_POLL_S)
+        ended, _ = ray.wait(pending, timeout=_POLL_S)
         events = [*teacher.events(), *students.events()]
         show(events, job.display)
-        for call in ready:
+        for call in ended:
             reports[call] = students.result(call)
         if job.stop.is_set() and deadline is None:
             job.display.phase("stopping after the step in progress")

@@ -136,7 +136,7 @@ class StudentSection(Section):
     start_seconds: float = Field(600, gt=0)
     """Limit until the student's ranks are processes, again until they have formed their group, and again until they are
     built."""
-    heartbeat_seconds: float = Field(10, ge=1)
+    heartbeat_seconds: float = Field(20, ge=1)
     """A rank that leaves a heartbeat unanswered for this long is lost (stopped, or its node is gone); a dead one is noticed
     at once."""
     restarts: int = Field(2, ge=0)

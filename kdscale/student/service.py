@@ -81,7 +81,7 @@ class StudentGroup:
 
     def kill(self) -> None:
         """End every rank. A checkpoint that is being written gets the grace first, unless a stop has used it up."""
-        if not self._asked_to_stop:
+        if self.running and not self._asked_to_stop:
             self._settle(self._setup.config.cluster.grace_seconds)
         self._ranks.kill()
 

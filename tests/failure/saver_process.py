@@ -9,6 +9,7 @@ of JSON (pid, step, and whether the restored weights are those that were saved),
 """
 
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -24,6 +25,17 @@ from kdscale.engine.restore import restore
 from kdscale.engine.saver import Saver
 from kdscale.engine.shards import index_files
 from kdscale.engine.training import Engine, training_engine
+
+# Making an engine imports these, two seconds in each child if the parent has not.
+for name in (
+    "torch._dynamo.convert_frame",
+    "torch._functorch.aot_autograd",
+    "torch.export",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "networkx",
+):
+    importlib.import_module(name)
 
 SAVES = 2
 KEEP = 2

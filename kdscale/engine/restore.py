@@ -51,6 +51,12 @@ def _convert(engine: Engine, partition: Partition, shards: Shards, checkpoint: C
     """Every rank reads the fragments it holds now, one parameter at a time, from whichever rank's file has them."""
     fault = None
     try:
+        if engine.zero_nvme_offload_optimizer():
+            raise CheckpointError(
+                f"{checkpoint.directory} is of other ranks or another ZeRO stage, and deepspeed.zero_optimization"
+                ".offload_optimizer keeps the states on NVMe, where they cannot be converted; go on with the checkpoint's"
+                " own, or without the offload"
+            )
         _require_same_parameters(partition, shards, checkpoint.directory)
         counters = shards.counters()
         partition.open_states(shards.optimizer_steps())

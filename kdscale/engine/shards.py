@@ -74,8 +74,8 @@ class Shards:
 
     def _add(self, fragment: Fragment) -> None:
         listed = self._listed.setdefault(fragment.name, _Listed(fragment.shape, []))
-        # Ranks that hold the same (no ZeRO; a weight tied over two stages) list it more than once.
-        if all(fragment.start != other.start for other in listed.fragments):
+        # Without ZeRO every rank lists all of it.
+        if all((fragment.start, fragment.numel) != (other.start, other.numel) for other in listed.fragments):
             listed.fragments.append(fragment)
 
     @property
@@ -95,11 +95,14 @@ class Shards:
         whole = torch.empty(listed.shape, dtype=torch.float32)
         flat, done = whole.view(-1), 0
         for fragment in sorted(listed.fragments, key=lambda one: one.start):
-            if fragment.start != done:
+            # A weight that is tied over two stages lies on both, cut in different places.
+            known = done - fragment.start
+            if known < 0:
                 break
-            part = self._tensor(fragment, key).reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
-            flat[done : done + fragment.numel].copy_(part)
-            done += fragment.numel
+            if known < fragment.numel:
+                part = self._tensor(fragment, key).reshape(-1)[fragment.offset : fragment.offset + fragment.numel]
+                flat[done : done + fragment.numel - known].copy_(part[known:])
+                done += fragment.numel - known
         if done != flat.numel():
             raise CheckpointError(f"{self._directory}: {key} of {name} is not whole; it ends after {done} elements")
         return whole

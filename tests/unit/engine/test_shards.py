@@ -46,7 +46,14 @@ def test_ranks_that_hold_the_same_count_once(tmp_path: Path):
     assert torch.equal(Shards(tmp_path).read("weight", "master"), WEIGHT)
 
 
-@pytest.mark.parametrize("second", [(3, 3), (5, 1), None], ids=["overlap", "gap", "end missing"])
+def test_copies_that_are_cut_differently_are_one_parameter(tmp_path: Path):
+    """A weight tied over two stages of two data ranks each."""
+    for rank, (start, numel) in enumerate([(0, 4), (4, 2), (0, 2), (2, 4)]):
+        write_rank(tmp_path, rank, start, numel)
+    assert torch.equal(Shards(tmp_path).read("weight", "exp_avg"), 10 * WEIGHT)
+
+
+@pytest.mark.parametrize("second", [(5, 1), (1, 3), None], ids=["gap", "nothing new", "end missing"])
 def test_a_parameter_that_is_not_whole_is_refused(tmp_path: Path, second: tuple[int, int] | None):
     write_rank(tmp_path, 0, 0, 4)
     if second is not None:

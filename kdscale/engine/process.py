@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from kdscale.config.hardware import cpu_has_bfloat16
-from kdscale.config.schema import Dtype
+from kdscale.config.sections import Dtype
 from kdscale.errors import PlacementError
 
 # DeepSpeed builds this extension with g++ at every start, leaves tens of MB per rank in /dev/shm, and a process killed

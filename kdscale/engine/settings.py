@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from kdscale.config.schema import Dtype, ParallelSection, RunConfig
+from kdscale.config.schema import RunConfig
+from kdscale.config.sections import Dtype, ParallelSection
 from kdscale.errors import ConfigError
 from kdscale.topology import BatchCut, Topology
 

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from kdscale import log
-from kdscale.config.schema import CheckpointSection
+from kdscale.config.sections import CheckpointSection
 from kdscale.engine.saver import Outcome, Saver
 from kdscale.errors import CheckpointError
 from kdscale.student.step import Signals

@@ -9,7 +9,7 @@ from ray.util.placement_group import PlacementGroup
 
 from kdscale.cluster.placement import Ask
 from kdscale.cluster.ranks import Heartbeats, RankGroup, form_group
-from kdscale.config.schema import StudentSection
+from kdscale.config.sections import StudentSection
 from kdscale.engine.settings import topology_of
 from kdscale.errors import StudentError
 from kdscale.stream.protocol import Access

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from kdscale.cluster.placement import Ask, cluster, require_memory, reserve
-from kdscale.config.schema import ClusterSection
+from kdscale.config.sections import ClusterSection
 from kdscale.engine.checkpoint import newest, verify
 from kdscale.errors import CheckpointError, PlacementError
 from tests.conftest import make_tokenizer

@@ -34,5 +34,14 @@ esac
 
 make_token
 start_node --head --port "${KDSCALE_RAY_PORT:-6379}" --dashboard-host 127.0.0.1 --dashboard-port 8265
+# The agent that takes jobs comes up some seconds after the head.
+for _ in {1..30}; do
+  if ray job submit --address http://127.0.0.1:8265 -- true >"$ray_temp/first-job.log" 2>&1; then
+    ready=yes
+    break
+  fi
+  sleep 2
+done
+[[ -n "${ready:-}" ]] || { echo "the head takes no jobs; see $ray_temp/first-job.log" >&2; exit 1; }
 echo "the head listens at $node_address:${KDSCALE_RAY_PORT:-6379}; its token is in $RAY_AUTH_TOKEN_PATH"
 echo "next: bash launch/submit.sh configs/quickstart.yaml"

@@ -36,6 +36,6 @@ export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
 export RAY_API_SERVER_ADDRESS="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"
 files="${KDSCALE_FILES:-$PWD}"
-upload='{"working_dir": ".", "excludes": ["/models", "/data", "/runs", "/recordings", "/tests", "/.*", "*.egg-info"]}'
-# Ray joins the words of the entry point by spaces and gives them to a shell: quote each.
-exec ray job submit "${options[@]}" --runtime-env-json "$upload" -- bash launch/job.sh "${files@Q}" "${config@Q}" "${@@Q}"
+# What .gitignore names stays here too.
+upload='{"working_dir": ".", "excludes": ["/.git", "/recordings", "/tests"]}'
+exec ray job submit "${options[@]}" --runtime-env-json "$upload" -- bash launch/job.sh "$files" "$config" "$@"

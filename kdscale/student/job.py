@@ -17,6 +17,7 @@ from kdscale.data.loader import Loader
 from kdscale.data.tokenizer import Tokenizer, load_tokenizer
 from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
+from kdscale.engine.attention import attend_by_document
 from kdscale.engine.export import write_model
 from kdscale.engine.models import build_student
 from kdscale.engine.saver import Saver
@@ -329,6 +330,9 @@ class StudentJob:
     def _plain_logits(self, directory: Path, row: TokenBatch, vocab_size: int) -> torch.Tensor:
         plain = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype).eval()
         plain.to(self._device)  # type: ignore[arg-type]
+        if self._device.type == "cpu":
+            # The same roundings on both sides: what is compared is the weights, to the last bit.
+            attend_by_document(plain)
         ids, positions, trained = flatten_batch(row, self._device)
         logits = plain(input_ids=ids, position_ids=positions, use_cache=False).logits.flatten(0, 1)[trained]
         return logits.float()[:, :vocab_size]

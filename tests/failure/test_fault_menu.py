@@ -74,7 +74,7 @@ def test_teacher_rank_is_lost_before_it_serves(running: Running, moment: str, nu
     if moment == "loading":
         running.await_words("replica-0 of the teacher loads", 60)
     ranks[1].send_signal(number)
-    running.await_words("rebuilding replica-0 of the teacher", within_s)
+    running.await_words("replica-0 of the teacher is lost", within_s)
     assert not psutil.wait_procs(ranks, timeout=10)[1], "the whole group is killed"
     running.lost += ranks
 
@@ -98,7 +98,7 @@ def test_teacher_rank_is_lost_mid_stream(running: Running, fault: str):
     ranks = ranks_of("TeacherRank")
     assert len(ranks) == 2
     FAULTS[fault](ranks[1])
-    running.await_words("rebuilding replica-0 of the teacher", NOTICE_S)
+    running.await_words("replica-0 of the teacher is lost", NOTICE_S)
     assert not psutil.wait_procs(ranks, timeout=10)[1], "the whole group is killed"
     running.await_words("replica-0 of the teacher serves again", 90)
     wait_for_progress(running.directory, running.process, running.log)

@@ -27,6 +27,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="values laid over the config, for instance train.steps=20"),
 ]
+AllowChanged = Annotated[
+    str | None,
+    typer.Option(
+        help="settings (or sections), separated by commas, that may differ from the checkpoint's, for instance"
+        " loss.temperature,train.lr"
+    ),
+]
 TeacherEndpoints = Annotated[
     Path | None,
     typer.Option(help="access file that `kdscale teacher` wrote; none starts a teacher for this run alone"),
@@ -55,10 +62,11 @@ def train(
         str,
         typer.Option(help="auto: the newest whole checkpoint of the run; never: from zero; or a checkpoint's PATH"),
     ] = "auto",
+    allow_changed: AllowChanged = None,
     teacher_endpoints: TeacherEndpoints = None,
 ) -> None:
     """Train a student from a served teacher. Ctrl-C saves; the same command goes on."""
-    _drive("train", load_config(config, overrides), resume, teacher_endpoints)
+    _drive("train", load_config(config, [*(overrides or []), *_allowing(allow_changed)]), resume, teacher_endpoints)
 
 
 @app.command(
@@ -117,10 +125,11 @@ def evaluate(
     checkpoint: Annotated[
         str, typer.Option(help="auto: the newest of the run; never: the student untrained; or a checkpoint's PATH")
     ] = "auto",
+    allow_changed: AllowChanged = None,
     teacher_endpoints: TeacherEndpoints = None,
 ) -> None:
     """Measure a student on held-out text through the served teacher: KL, top-1 agreement, perplexity."""
-    changes = list(overrides or [])
+    changes = [*(overrides or []), *_allowing(allow_changed)]
     if model is not None:
         if not model.is_dir():
             raise ConfigError(f"--model {model} is not a directory")
@@ -199,6 +208,11 @@ def doctor(
 
     if not report(load_config(config, overrides) if config else None, Console()):
         raise typer.Exit(1)
+
+
+def _allowing(names: str | None) -> list[str]:
+    """``--allow-changed`` as an override."""
+    return [] if names is None else [f"checkpoint.allow_changed=[{names}]"]
 
 
 def _drive(flow: str, settings: RunConfig, argument: str, teacher_endpoints: Path | None) -> NoReturn:

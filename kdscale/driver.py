@@ -20,7 +20,7 @@ from kdscale.display import Display
 from kdscale.engine.checkpoint import Checkpoint, find
 from kdscale.errors import KdscaleError, StudentError
 from kdscale.metrics import StepMetrics
-from kdscale.prepare import Prepared, corpus_of, prepare, run_identity
+from kdscale.prepare import Prepared, corpus_of, prepare, require_resumable, run_identity
 from kdscale.record import Recorder
 from kdscale.start import (
     Job,
@@ -49,13 +49,14 @@ def train(job: Job, resume: str) -> None:
     began, config = time.monotonic(), job.config
     job.display.phase("reading models and tokenizer")
     prepared = prepare(config)
-    checkpoint = find(job.directory / "checkpoints", resume)
+    checkpoint, identity = find(job.directory / "checkpoints", resume), run_identity(config, prepared)
+    require_resumable(config, checkpoint, identity)
     with ExitStack() as stack:
         slots = place(job, stack)
         teacher = start_teacher(job, prepared, slots, stack)
         teacher.invite(job.directory / ACCESS_FILE, stack)
-        corpus = corpus_of(config, prepared, job.display.count)
-        identity = run_identity(config, prepared, corpus)
+        identity["corpus"] = corpus_of(config, prepared, job.display.count).fingerprint
+        require_resumable(config, checkpoint, identity)
         student = config.student
         restarts = Restarts(student.restarts, student.restart_wait_seconds, student.restart_forget_seconds)
         while True:
@@ -110,11 +111,13 @@ def evaluate(job: Job, resume: str) -> None:
     """Held-out quality of the student the config describes, through the served teacher. Raises: KdscaleError, Stopped."""
     prepared = prepare(job.config)
     checkpoint = find(job.directory / "checkpoints", resume) if resume != "never" else None
+    identity = run_identity(job.config, prepared)
+    require_resumable(job.config, checkpoint, identity)
     with ExitStack() as stack:
         slots = place(job, stack)
         teacher = start_teacher(job, prepared, slots, stack)
-        corpus = corpus_of(job.config, prepared, job.display.count)
-        identity = run_identity(job.config, prepared, corpus)
+        identity["corpus"] = corpus_of(job.config, prepared, job.display.count).fingerprint
+        require_resumable(job.config, checkpoint, identity)
         students = start_students(job, prepared, identity, checkpoint, slots, stack, partial(look, job, teacher))
         ready(job, teacher, students)
         students.start("evaluate", teacher.access)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kdscale.config.hardware import cpu_has_bfloat16
-from kdscale.config.schema import Dtype, RunConfig, StudentSection
+from kdscale.config.schema import RunConfig
+from kdscale.config.sections import Dtype, StudentSection
 from kdscale.engine.settings import student_dtype
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")

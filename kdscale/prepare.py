@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdscale import identity as identities
 from kdscale.config.schema import RunConfig
 from kdscale.data.corpus import Corpus, build_corpus
 from kdscale.data.tokenizer import Tokenizer, load_tokenizer
+from kdscale.engine.checkpoint import Checkpoint
 from kdscale.engine.families import require_pipeline_family
 from kdscale.engine.models import load_config, model_digest, resolve_model
-from kdscale.engine.settings import check_settings
-from kdscale.errors import IdentityError, ModelError
+from kdscale.engine.settings import check_settings, student_dtype
+from kdscale.engine.shards import Shards
+from kdscale.errors import CheckpointError, IdentityError, ModelError
 from kdscale.stream.protocol import Meaning
 
 
@@ -74,20 +77,43 @@ def corpus_of(config: RunConfig, prepared: Prepared, progress: Callable[[int, in
     return build_corpus(config.data, prepared.tokenizer, progress)
 
 
-def run_identity(config: RunConfig, prepared: Prepared, corpus: Corpus) -> dict[str, Any]:
-    """What a checkpoint belongs to. Settings that change no number (threads, limits, the cut into micro-batches) are
-    left out."""
-    student = config.student.model_dump(include={"init", "layers", "model", "config", "freeze"})
-    return {
+def run_identity(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """What a checkpoint belongs to, by dotted name (``kdscale.identity`` says what may differ); the corpus, which takes
+    longer to know, is added by its fingerprint."""
+    identity = identities.settings(config) | {
         "teacher": prepared.meaning.teacher,
         "tokenizer": prepared.meaning.tokenizer,
-        "corpus": corpus.fingerprint,
-        "rows": f"{config.data.packing} {config.data.row_tokens}",
-        "seed": config.run.seed,
-        "student": student,
-        "targets": config.targets.model_dump(),
-        "loss": config.loss.model_dump(exclude={"chunk_mib"}),
-        "train": config.train.model_dump(mode="json", exclude={"micro_rows"}),
-        "ranks": config.student.parallel.model_dump(),
-        "zero_stage": config.zero_stage,
     }
+    # Ranks know what `auto` stands for; what they resolved is in a checkpoint's notes.
+    del identity["student.dtype"]
+    if config.student.init == "model" and config.student.model is not None:
+        identity["student.files"] = model_digest(resolve_model(config.student.model))
+    return identity
+
+
+def require_resumable(config: RunConfig, checkpoint: Checkpoint | None, identity: dict[str, Any]) -> None:
+    """Whether a run of ``config`` may go on from ``checkpoint``; without a corpus in ``identity``, as far as it is known.
+
+    Raises:
+        ConfigError: ``checkpoint.allow_changed`` names what is no setting.
+        CheckpointError: another run's checkpoint, one of a step behind the last, or one without an index of its shards.
+    """
+    allowed = config.checkpoint.allow_changed
+    identities.require_known(allowed, [*identity, "corpus", *identities.names(config), *identities.ENVIRONMENT])
+    if checkpoint is None:
+        return
+    if checkpoint.step > config.train.steps:
+        raise CheckpointError(
+            f"{checkpoint.directory} was written after {checkpoint.step} steps and train.steps = {config.train.steps};"
+            " raise train.steps, name an earlier checkpoint with --resume, or start over with --resume never"
+        )
+    Shards(checkpoint.directory)
+    then = {name: value for name, value in checkpoint.identity.items() if name in identity or name != "corpus"}
+    if (dtype := student_dtype(config)) != "auto":
+        then, identity = then | {"student.dtype": checkpoint.notes["dtype"]}, identity | {"student.dtype": dtype}
+    identities.require_resumable(
+        str(checkpoint.directory),
+        identities.changes(then, identity),
+        deterministic=config.run.deterministic,
+        allowed=allowed,
+    )

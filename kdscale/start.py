@@ -15,7 +15,8 @@ from ray.util.placement_group import PlacementGroup
 from kdscale import supervise
 from kdscale.cluster.placement import cluster, require_memory, reserve
 from kdscale.cluster.security import Authority, needs_tls
-from kdscale.config.schema import RunConfig, StreamSection
+from kdscale.config.schema import RunConfig
+from kdscale.config.sections import StreamSection
 from kdscale.display import Display
 from kdscale.engine.checkpoint import Checkpoint
 from kdscale.engine.process import address_in

@@ -84,6 +84,7 @@ def make_summary(
         "perplexity_before": before.get("perplexity_student"),
         "perplexity_after": after.get("perplexity_student"),
         "canary": report["canary"],
+        "changes_on_resume": report["changes"],
         "export_max_logit_difference": report["export_max_logit_difference"],
     }
     for name in ("teacher", "student"):

@@ -194,6 +194,12 @@ def write_text(directory: Path) -> Path:
     return directory
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full-matrix", action="store_true", help="tests/distributed/test_resume_matrix.py: all cases, not only pairs"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: what breaks cheaply should break soon."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

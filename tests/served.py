@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kdscale.batch import TokenBatch
-from kdscale.config.schema import StreamSection
+from kdscale.config.sections import StreamSection
 from kdscale.data.tokenizer import load_tokenizer
 from kdscale.engine.settings import teacher_settings
 from kdscale.engine.sharding import InferenceModel

@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from kdscale import log
-from kdscale.config.schema import ClusterSection
+from kdscale.config.sections import ClusterSection
 from kdscale.errors import PlacementError
 
 _LOG = log.get(__name__)

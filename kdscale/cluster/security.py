@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from kdscale.config.schema import StreamSection
+from kdscale.config.sections import StreamSection
 from kdscale.credentials import RUN_NAME, Credentials
 
 LIFETIME = datetime.timedelta(days=30)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from kdscale.config.schema import DataSection
+from kdscale.config.sections import DataSection
 from kdscale.data.sources import Document, find_sources, read_documents, source_digest
 from kdscale.data.tokenizer import Tokenizer
 from kdscale.errors import DataError

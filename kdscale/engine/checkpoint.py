@@ -2,6 +2,7 @@
 
 checkpoints/step-40/MANIFEST.json      what is here, of which run, at which step; signed, written last (``manifest``)
                     shards/...         DeepSpeed's files, one per rank and kind
+                    index-0.json         where in them rank 0's part of each parameter lies
                     state-0.safetensors  rank 0's random state
             latest                     a hint; the newest directory that verifies is what counts
 .checkpoint-key                        the key of the signatures, beside ``checkpoints/``
@@ -13,9 +14,7 @@ from typing import Any
 
 from kdscale import log
 from kdscale.engine import manifest
-from kdscale.engine.capture import SHARDS
 from kdscale.engine.manifest import Layout, key_of
-from kdscale.engine.randomness import set_random_state, state_file
 from kdscale.engine.saver import Saver
 from kdscale.engine.staging import by_age, set_aside, step_of
 from kdscale.engine.training import Engine
@@ -58,6 +57,8 @@ def save(
 ) -> Path:
     """Write ``root/step-N`` on storage that all ranks share, and wait for it; every rank calls it. ``saver.Saver`` does the
     same beside the training. ``small`` are further files of this rank, by path inside the checkpoint.
+
+    ``small`` are further files of this rank, by path inside the checkpoint.
 
     A rank whose write fails says so to the others, so none is left waiting; older checkpoints stay untouched.
 
@@ -141,26 +142,3 @@ def find(root: Path, resume: str) -> Checkpoint | None:
                     "%s: hashes agree, but its signature cannot be checked: the key of its run is not beside it", path
                 )
             return found
-
-
-def restore(engine: Engine, checkpoint: Checkpoint, rank: int) -> None:
-    """Bring engine and random state to where ``checkpoint`` was saved. Raises: CheckpointError."""
-    path, _ = engine.load_checkpoint(str(checkpoint.directory), tag=SHARDS)
-    if path is None:
-        raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint.directory / SHARDS}")
-    set_random_state(checkpoint.directory / state_file(rank))
-
-
-def require_same_identity(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
-    """Raises: CheckpointError listing what differs."""
-    stored = checkpoint.identity
-    differ = [
-        f"{key}: checkpoint {stored.get(key)!r}, now {identity.get(key)!r}"
-        for key in sorted(stored.keys() | identity.keys())
-        if stored.get(key) != identity.get(key)
-    ]
-    if differ:
-        raise CheckpointError(
-            f"{checkpoint.directory} belongs to a run with other settings: {'; '.join(differ)}. Change them back, give the"
-            " run another name (run.name=...), or start over with --resume never"
-        )

@@ -5,16 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import nn
 from transformers import PreTrainedModel
 
 from kdscale.engine.checkpoint import Checkpoint
-from kdscale.engine.families import in_sequence
+from kdscale.engine.partition import digest
 from kdscale.engine.sharding import gathered
+from kdscale.engine.shards import Shards, require_same_frozen
 from kdscale.errors import CheckpointError
-
-_PREFIX = "model."
 
 
 def whole_state(model: PreTrainedModel, rank: int) -> dict[str, torch.Tensor]:
@@ -53,46 +51,28 @@ def write_model(
     staging.rename(directory)
 
 
+@torch.no_grad()
 def load_checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's trained weights into ``model`` (unsharded, in host memory).
+    """Put a checkpoint's trained weights into ``model`` (unsharded, in host memory), in the model's dtype.
+
+    Frozen parameters are no part of a checkpoint's states: they must be what the model starts with.
 
     Raises:
-        CheckpointError: the shards do not hold this model.
+        CheckpointError: the shards do not hold this model, or it was trained beside other frozen parameters.
     """
-    shards = checkpoint.directory / "shards"
-    if any(shards.glob("layer_*")):
-        _load_stages(model, shards)
-        return
-    if any(shards.glob("*zero_pp_rank_*")):
-        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.directory), tag="shards")
-    else:
-        # The files were hashed against the manifest; DeepSpeed's own objects beside the weights need the allow-list off.
-        state = torch.load(shards / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["module"]
-    named = {name.removeprefix(_PREFIX): value for name, value in state.items()}
-    result = model.load_state_dict(named, strict=False)
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    missing = [name for name in result.missing_keys if name not in tied]
-    if missing or result.unexpected_keys:
+    shards = Shards(checkpoint.directory)
+    parameters = dict(model.named_parameters())
+    stored = {*shards.names, *shards.frozen}
+    if stored != parameters.keys():
         raise CheckpointError(
-            f"{checkpoint.directory} does not hold this student: missing {missing[:3]}, unexpected"
-            f" {result.unexpected_keys[:3]}"
+            f"{checkpoint.directory} does not hold this student: missing {sorted(parameters.keys() - stored)[:3]},"
+            f" unexpected {sorted(stored - parameters.keys())[:3]}"
         )
-    model.tie_weights()
-
-
-def _load_stages(model: PreTrainedModel, shards: Path) -> None:
-    """Put a pipeline's weights into ``model``: DeepSpeed writes one file for each module in the sequence, head last."""
-    modules = in_sequence(model)
-    files = sorted(
-        shards.glob("layer_*-model_states.pt"), key=lambda file: int(file.name.split("-")[0].removeprefix("layer_"))
-    )
-    try:
-        for module, file in zip([*modules, None], files, strict=True):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            if module is None:
-                head = {name.removeprefix("head."): value for name, value in state.items()}
-                model.get_output_embeddings().load_state_dict(head)
-            else:
-                module.load_state_dict(state)
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{shards} does not hold this student: {error}") from error
+    for name in shards.names:
+        if shards.shape(name) != list(parameters[name].shape):
+            raise CheckpointError(
+                f"{checkpoint.directory} does not hold this student: {name} is {shards.shape(name)} there and"
+                f" {list(parameters[name].shape)} here"
+            )
+        parameters[name].copy_(shards.read(name, "master"))
+    require_same_frozen(checkpoint.directory, {name: digest(parameters[name]) for name in shards.frozen}, shards)

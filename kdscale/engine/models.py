@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from kdscale.config.schema import StudentSection
+from kdscale.config.sections import StudentSection
 from kdscale.engine.attention import attend_by_document
 from kdscale.errors import ModelError
 from kdscale.head import HeadSpec, head_logits

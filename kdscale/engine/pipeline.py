@@ -81,6 +81,9 @@ class Pipeline:
         """Parameter name -> the (first) stage that holds it."""
         self._held = {name: one for name, one in model.named_parameters() if self._owner[name] == here}
         self._shapes = {name: (one.shape, one.dtype) for name, one in model.named_parameters()}
+        here_too = {id(one) for m in stages[here] for one in m.parameters()}
+        self.parameters = {name: one for name, one in model.named_parameters() if id(one) in here_too}
+        """All that lie on this stage, by the model's names; a tied weight lies on two."""
         # The specs keep the other stages' weights alive.
         module._layer_specs = []
         for stage, part in enumerate(stages):

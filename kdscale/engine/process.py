@@ -1,5 +1,6 @@
 """One process of a group: device, dtype, threads, seeds, and the process group under DeepSpeed."""
 
+import hashlib
 import ipaddress
 import os
 import random
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from kdscale.config.hardware import cpu_has_bfloat16
-from kdscale.config.schema import Dtype
+from kdscale.config.sections import Dtype
 from kdscale.errors import PlacementError
 
 # DeepSpeed builds this extension with g++ at every start, leaves tens of MB per rank in /dev/shm, and a process killed
@@ -111,11 +112,19 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """What optimizer step ``step`` draws (dropout) depends on these three alone: not on what was drawn before, on where a
+    run was resumed, or on what else draws in this process."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]))
+
+
 def set_threads(threads: int, *, deterministic: bool) -> None:
     torch.set_num_threads(threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # Else every torch.empty is filled, and DeepSpeed makes one of reduce_bucket_size elements (2 GB) in each step.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -128,6 +137,15 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` holds on any rank; every rank must ask."""
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
+def same_on_all_ranks(text: str, device: torch.device) -> bool:
+    """Whether every rank says the same; every rank must ask."""
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+    ends = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return ends.tolist() == [number, -number]
 
 
 def barrier() -> None:

@@ -8,7 +8,6 @@ Every rank calls ``begin``, ``heed`` and ``wait`` at the same points; ``settle``
 import secrets
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +187,7 @@ class Saver:
             assert self._writer is not None
             self._writer.join(_POLL_S)
 
-    def settle(self, limit_s: float, sleep: Callable[[float], None] = time.sleep) -> None:
+    def settle(self, limit_s: float) -> None:
         """Before leaving because of an error, any rank, any thread: give what is being written ``limit_s`` to become a
         checkpoint. The other ranks' threads write on whatever their training does."""
         writer = self._writer
@@ -198,7 +197,7 @@ class Saver:
         deadline = time.monotonic() + limit_s
         writer.join(limit_s)
         while writer.fault is None and not writer.ticket.final.is_dir() and time.monotonic() < deadline:
-            sleep(_POLL_S)
+            time.sleep(_POLL_S)
         if not writer.ticket.final.is_dir():
             _LOG.warning("checkpoint step-%d was not written: %s", writer.ticket.step, writer.fault or "too late")
 

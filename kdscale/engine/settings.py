@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from kdscale.config.schema import Dtype, ParallelSection, RunConfig
+from kdscale.config.schema import RunConfig
+from kdscale.config.sections import Dtype, ParallelSection
 from kdscale.errors import ConfigError
 from kdscale.topology import BatchCut, Topology
 
@@ -75,6 +76,10 @@ def student_settings(config: RunConfig, dtype: str) -> dict[str, Any]:
         if config.deepspeed.get(key):
             way_out = "train.schedule" if key == "scheduler" else "student.dtype: bfloat16"
             raise ConfigError(f"deepspeed.{key} is not supported; use {way_out}")
+    for key in ("offload_optimizer", "offload_param"):
+        # DeepSpeed copies its files on disk into a checkpoint between two collectives, where a fault hangs the other ranks.
+        if (config.deepspeed.get("zero_optimization", {}).get(key) or {}).get("device") == "nvme":
+            raise ConfigError(f"deepspeed.zero_optimization.{key}.device = nvme is not supported; use cpu")
     return {"steps_per_print": _NEVER, "zero_allow_untested_optimizer": True, **config.deepspeed, **derived}
 
 

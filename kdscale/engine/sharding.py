@@ -47,8 +47,11 @@ def full_numel(parameter: nn.Parameter) -> int:
 
 
 @contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Whole parameters inside the context, on every rank; all ranks must enter. Nothing written inside is kept."""
+def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+    """Whole parameters inside the context, on every rank; all ranks must enter.
+
+    What is written inside is kept with ``write`` only: then what rank 0 wrote, on every rank.
+    """
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None, enabled=bool(sharded)):
         yield

@@ -8,7 +8,7 @@ from deepspeed import DeepSpeedEngine as Engine
 from torch import nn
 
 from kdscale.config.schedule import progress
-from kdscale.config.schema import TrainSection
+from kdscale.config.sections import TrainSection
 from kdscale.engine.capture import install
 
 __all__ = ["Engine", "gradient_norm", "learning_rate", "set_learning_rate", "training_engine"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kdscale.config.schedule import Schedule, value_at
-from kdscale.config.schema import LossSection
+from kdscale.config.sections import LossSection
 from kdscale.losses.divergence import Divergence
 
 

@@ -14,7 +14,7 @@ import xxhash
 
 from kdscale import log
 from kdscale.batch import SoftTargets, TokenBatch
-from kdscale.config.schema import StreamSection
+from kdscale.config.sections import StreamSection
 from kdscale.errors import IdentityError, PayloadError, StreamError
 from kdscale.head import Head
 from kdscale.spec import TargetSpec

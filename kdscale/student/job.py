@@ -21,6 +21,7 @@ from kdscale.engine.export import write_model
 from kdscale.engine.models import build_student
 from kdscale.engine.saver import Saver
 from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
+from kdscale.engine.shards import index_files
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
 from kdscale.evaluate.quality import NO_SUMS, Quality, TeacherView, quality, quality_sums, teacher_view
@@ -30,6 +31,7 @@ from kdscale.stream.client import FlightSource
 from kdscale.stream.protocol import Access
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
 from kdscale.student.module import flatten_batch
+from kdscale.student.resume import WAYS, go_on_from, require_one_environment
 from kdscale.student.saving import Saving
 from kdscale.student.trainer import Totals, Trainer
 from kdscale.student.worker import StudentSetup
@@ -73,6 +75,8 @@ class StudentJob:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        if config.run.deterministic:
+            require_one_environment(device)
         self._student = self._lay_out(model)
         self._start = 0
         self._notes: dict[str, Any] = {}
@@ -80,17 +84,23 @@ class StudentJob:
         self._saving: Saving | None = None
         if setup.resume_from is not None:
             found = checkpoints.verify(Path(setup.resume_from))
-            checkpoints.require_same_identity(found, setup.identity)
-            checkpoints.restore(self._student.engine, found, rank)
-            self._start, self._notes = found.step, found.notes
+            way, self._notes = go_on_from(
+                found, setup, self._student, self._dtype_name, device, rank, self._topology.world
+            )
+            self._start = found.step
+            self._phase(f"going on from step {found.step}, {WAYS[way]}")
 
     def _lay_out(self, model: PreTrainedModel) -> Student:
         config, vocab_size = self._config, self._setup.meaning.vocab_size
         chunk_bytes = int(config.loss.chunk_mib * 2**20)
-        settings = student_settings(config, str(self._dtype).removeprefix("torch."))
+        settings = student_settings(config, self._dtype_name)
         if self._topology.pipeline == 1:
             return DataParallelStudent(model, vocab_size, chunk_bytes, settings, self._rank)
         return PipelineStudent(model, vocab_size, chunk_bytes, settings, self._topology, self._rank)
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self._dtype).removeprefix("torch.")
 
     @property
     def _holds_loss(self) -> bool:
@@ -100,7 +110,7 @@ class StudentJob:
         return {
             "parameters": self._parameters,
             "parameters_trained": self._trained,
-            "dtype": str(self._dtype).removeprefix("torch."),
+            "dtype": self._dtype_name,
             "start_step": self._start,
             "rss_bytes": psutil.Process().memory_info().rss,
         }
@@ -119,7 +129,8 @@ class StudentJob:
             config,
             loader,
             cut,
-            self._topology.data_rank(self._rank),
+            self._topology,
+            self._rank,
             self._student.step(cut),
             emit=self._step_done,
             saving=saving,
@@ -140,7 +151,7 @@ class StudentJob:
             if prefetcher is not None:
                 prefetcher.close()
         report |= {"step": outcome.step, "stopped": outcome.stopped}
-        report["steps_per_epoch"] = loader.steps_per_epoch
+        report |= {"steps_per_epoch": loader.steps_per_epoch, "changes": self._notes.get("changes", [])}
         if outcome.stopped:
             return report
         if held_out is not None:
@@ -267,6 +278,7 @@ class StudentJob:
             self._rank,
             identity=self._setup.identity,
             notes=self._noted,
+            small=lambda: index_files(self._rank, self._student.partition.describe()),
             emit=self._emit,
             should_stop=self._should_stop,
             grace_s=config.cluster.grace_seconds,
@@ -274,7 +286,7 @@ class StudentJob:
         return self._saving
 
     def _noted(self, totals: Totals) -> dict[str, Any]:
-        return self._notes | {"totals": asdict(totals), "dtype": str(self._dtype).removeprefix("torch.")}
+        return self._notes | {"totals": asdict(totals), "dtype": self._dtype_name}
 
     def settle(self, limit_s: float) -> None:
         """Before the ranks are killed, from any thread: a checkpoint that is being written may become one."""

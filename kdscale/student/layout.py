@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kdscale.batch import TokenBatch
 from kdscale.engine.export import whole_state
 from kdscale.engine.models import head_of
+from kdscale.engine.partition import Partition
 from kdscale.engine.pipeline import Pipeline
 from kdscale.engine.sharding import gathered
 from kdscale.engine.training import Engine, training_engine
@@ -26,6 +27,8 @@ class Student(Protocol):
     model: PreTrainedModel
     """The whole student's shape; its weights may lie elsewhere."""
     engine: Engine
+    partition: Partition
+    """What of the trained parameters lies on this rank, and where."""
     head: HeadWithLoss
     """With its weights only on ranks that hold the loss."""
 
@@ -60,6 +63,7 @@ class DataParallelStudent:
         self.model, self._rank = model, rank
         self._module = StudentModule(model, vocab_size, chunk_bytes)
         self.engine = training_engine(self._module, settings)
+        self.partition = Partition(self.engine, dict(model.named_parameters()))
         self.head = self._module.head
 
     def step(self, cut: BatchCut) -> Step:
@@ -92,6 +96,7 @@ class PipelineStudent:
         self._last = PipelineHead(self.head)
         self._pipeline = Pipeline(model, self._last, PipelineHead.WEIGHT, settings, topology)
         self.engine = self._pipeline.engine
+        self.partition = Partition(self.engine, self._pipeline.parameters)
 
     def step(self, cut: BatchCut) -> Step:
         return PipelineStep(self._pipeline, self._last, cut, self._topology, self._rank)

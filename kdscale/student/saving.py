@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from kdscale import log
-from kdscale.config.schema import CheckpointSection
+from kdscale.config.sections import CheckpointSection
 from kdscale.engine.saver import Outcome, Saver
 from kdscale.errors import CheckpointError
 from kdscale.student.step import Signals
@@ -34,13 +34,14 @@ class Saving:
         *,
         identity: dict[str, Any],
         notes: Callable[[Totals], dict[str, Any]],
+        small: Callable[[], dict[str, bytes]],
         emit: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
         grace_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._saver, self._section, self._rank = saver, section, rank
-        self._identity, self._notes = identity, notes
+        self._identity, self._notes, self._small = identity, notes, small
         self._emit, self._should_stop = emit, should_stop
         self._grace_s, self._clock = grace_s, clock
         self._last_save = clock()
@@ -75,7 +76,7 @@ class Saving:
         wait = f", after step {earlier}, which is still being written" if earlier is not None else ""
         self._emit({"kind": "leaving" if leaving else "phase", "phase": f"saving step {step}{wait}"})
         self._note(self._saver.wait())
-        self._saver.begin(step, identity=self._identity, notes=self._notes(totals))
+        self._saver.begin(step, identity=self._identity, notes=self._notes(totals), small=self._small())
         self._last_save = self._clock()
 
     def finish(self) -> None:

@@ -10,7 +10,7 @@ from ray.util.placement_group import PlacementGroup
 
 from kdscale.cluster.placement import Ask
 from kdscale.cluster.ranks import Heartbeats, RankGroup, form_group
-from kdscale.config.schema import StudentSection
+from kdscale.config.sections import StudentSection
 from kdscale.engine.settings import topology_of
 from kdscale.errors import StudentError
 from kdscale.stream.protocol import Access
@@ -88,7 +88,7 @@ class StudentGroup:
 
     def kill(self) -> None:
         """End every rank. A checkpoint that is being written gets the grace first, unless a stop has used it up."""
-        if not self._asked_to_stop:
+        if self.running and not self._asked_to_stop:
             self._settle(self._setup.config.cluster.grace_seconds)
         self._ranks.kill()
 

@@ -11,6 +11,7 @@ import xxhash
 from kdscale.batch import TokenBatch
 from kdscale.config.schema import RunConfig
 from kdscale.data.loader import Loader
+from kdscale.engine.process import seed_step
 from kdscale.engine.training import learning_rate
 from kdscale.losses.objective import objective_at
 from kdscale.metrics import StepMetrics
@@ -18,7 +19,7 @@ from kdscale.spec import TargetSpec
 from kdscale.stream.prefetch import Prefetcher
 from kdscale.stream.source import TargetSource
 from kdscale.student.step import MicroBatch, Signals, Step, StepResult
-from kdscale.topology import BatchCut
+from kdscale.topology import BatchCut, Topology
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Trainer:
         config: RunConfig,
         loader: Loader,
         cut: BatchCut,
-        data_rank: int,
+        topology: Topology,
+        rank: int,
         step: Step,
         *,
         emit: Callable[[StepMetrics], None],
@@ -77,7 +79,7 @@ class Trainer:
         self._train = config.train
         self._loader = loader
         self._cut = cut
-        self._data_rank = data_rank
+        self._rank, self._data_rank = rank, topology.data_rank(rank)
         self._step = step
         self._emit = emit
         self._saving = saving
@@ -99,6 +101,7 @@ class Trainer:
         for number in range(start, self._train.steps):
             began = time.monotonic()
             digest = xxhash.xxh3_64()
+            seed_step(self._config.run.seed, number, self._rank)
             result = self._step.train(
                 self._fetch(prefetcher, tokens_only, digest),
                 objective_at(self._config.loss, number, self._train.steps),

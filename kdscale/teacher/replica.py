@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdscale import log
-from kdscale.config.schema import TeacherSection
+from kdscale.config.sections import TeacherSection
 from kdscale.credentials import Credentials
 from kdscale.stream.protocol import Meaning
 from kdscale.teacher.counters import Beat, Counters

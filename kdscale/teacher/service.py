@@ -9,7 +9,7 @@ from ray.util.placement_group import PlacementGroup
 from kdscale import log
 from kdscale.cluster.placement import Ask
 from kdscale.cluster.ranks import Heartbeats, RankGroup, form_group
-from kdscale.config.schema import TeacherSection
+from kdscale.config.sections import TeacherSection
 from kdscale.errors import TeacherError
 from kdscale.stream.directory import Registry
 from kdscale.stream.protocol import Endpoint

@@ -30,7 +30,7 @@ import torch
 
 from kdscale.batch import TokenBatch, TopkTargets
 from kdscale.cluster.security import Authority
-from kdscale.config.schema import StreamSection
+from kdscale.config.sections import StreamSection
 from kdscale.credentials import Credentials
 from kdscale.spec import TargetSpec
 from kdscale.stream.client import FlightSource

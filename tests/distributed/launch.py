@@ -1,6 +1,7 @@
 """Real ranks for tests: one process each, joined over a store on loopback."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,10 +10,14 @@ from pathlib import Path
 from kdscale.engine.process import Member
 
 
-def run_ranks(module: str, world: int, *arguments: str, timeout_s: float = 300) -> None:
-    """Run ``-m module RANK WORLD PORT_FILE ARGUMENTS...`` on ``world`` processes; a failure shows that rank's output."""
+def run_ranks(module: str, world: int, *arguments: str, timeout_s: float = 300, killed: bool = False) -> None:
+    """Run ``-m module RANK WORLD PORT_FILE ARGUMENTS...`` on ``world`` processes; a failure shows that rank's output.
+
+    With ``killed`` they must end by SIGKILL, all of them or the others by what they then see.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
     port_file = Path(arguments[0]).with_suffix(".port")
+    port_file.unlink(missing_ok=True)
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", module, str(rank), str(world), str(port_file), *arguments],
@@ -30,6 +35,11 @@ def run_ranks(module: str, world: int, *arguments: str, timeout_s: float = 300) 
     finally:
         for rank in ranks:
             rank.kill()
+    if killed:
+        codes = [rank.returncode for rank in ranks]
+        assert -signal.SIGKILL in codes, "\n".join(outputs)
+        assert 0 not in codes
+        return
     for number, (rank, output) in enumerate(zip(ranks, outputs, strict=True)):
         assert rank.returncode == 0, f"rank {number}:\n{output}"
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kdscale.batch import SoftTargets
-from kdscale.config.schema import CheckpointSection
+from kdscale.config.sections import CheckpointSection
 from kdscale.engine import process
 from kdscale.engine.checkpoint import newest, verify
 from kdscale.engine.saver import Outcome, Saver

@@ -5,7 +5,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kdscale.config.schema import StreamSection
+from kdscale.config.sections import StreamSection
 from kdscale.spec import TargetSpec
 from kdscale.stream.client import FlightSource
 from kdscale.stream.directory import list_endpoints

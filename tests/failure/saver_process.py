@@ -9,6 +9,7 @@ of JSON (pid, step, and whether the restored weights are those that were saved),
 """
 
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -18,9 +19,23 @@ from pathlib import Path
 import torch
 
 from kdscale.engine import process
-from kdscale.engine.checkpoint import find, restore
+from kdscale.engine.checkpoint import find
+from kdscale.engine.partition import Partition
+from kdscale.engine.restore import restore
 from kdscale.engine.saver import Saver
+from kdscale.engine.shards import index_files
 from kdscale.engine.training import Engine, training_engine
+
+# Making an engine imports these, two seconds in each child if the parent has not.
+for name in (
+    "torch._dynamo.convert_frame",
+    "torch._functorch.aot_autograd",
+    "torch.export",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "networkx",
+):
+    importlib.import_module(name)
 
 SAVES = 2
 KEEP = 2
@@ -54,12 +69,13 @@ def say(**fields: object) -> None:
 def work(root: Path) -> None:
     torch.set_num_threads(1)
     member = process.Member(0, 1)
-    member.join(member.open_store("127.0.0.0/8"), "127.0.0.0/8", 60.0, 0)
+    member.join(member.open_store("127.0.0.0/8"), "127.0.0.0/8", 60.0, 60.0, 0)
     engine = training_engine(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)), SETTINGS)
+    partition = Partition(engine, dict(engine.module.named_parameters()))
     found = find(root, "auto")
     same = True
     if found is not None:
-        restore(engine, found, 0)
+        restore(engine, partition, found, 0, 1)
         same = digest(engine) == found.notes["digest"]
     step = 0 if found is None else found.step
     say(pid=os.getpid(), step=step, same=same)
@@ -67,7 +83,8 @@ def work(root: Path) -> None:
     saver = Saver(engine, root, step, rank=0, world=1, keep=KEEP, limit_s=60.0)
     for number in range(step + 1, step + 1 + SAVES):
         train(engine)
-        saver.begin(number, identity={}, notes={"digest": digest(engine)})
+        small = index_files(0, partition.describe())
+        saver.begin(number, identity={}, notes={"digest": digest(engine)}, small=small)
         outcome = saver.wait()
         assert outcome is not None
         assert outcome.fault == "", outcome

@@ -21,7 +21,7 @@ from kdscale.engine.checkpoint import newest
 from kdscale.engine.staging import by_age
 from tests.failure import saver_process
 
-KILLS = 34
+KILLS = 40
 CALLS = ("mkdir", "openat", "write", "fsync", "rename", "unlink", "unlinkat", "rmdir")
 """What changes a file system; a kill between two of them leaves what the first has made."""
 LIMIT_S = 120.0

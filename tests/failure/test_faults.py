@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from kdscale.cluster.placement import Ask, cluster, require_memory, reserve
-from kdscale.config.schema import ClusterSection
+from kdscale.config.sections import ClusterSection
 from kdscale.engine.checkpoint import newest, verify
 from kdscale.errors import CheckpointError, PlacementError
 from tests.conftest import make_tokenizer
@@ -23,6 +23,7 @@ from tests.runs import (
     marked,
     run,
     start,
+    steps,
     wait_for_file,
     wait_for_step,
     write_config,
@@ -135,15 +136,40 @@ def test_dead_teacher_rank_ends_the_run_with_its_checkpoint_intact(tmp_path: Pat
 
 @pytest.mark.slow
 def test_another_configuration_does_not_go_on_from_a_checkpoint(tmp_path: Path, teacher_dir: Path, text_dir: Path):
+    """Refused by name before anything starts; allowed by name it goes on, on other ranks too, and the summary tells."""
     config, log = write_config(tmp_path, teacher_dir, text_dir), tmp_path / "log"
     assert run("train", str(config), log=log) == 0, log.read_text()
-    assert run("train", str(config), "loss.hard_weight=0.5", log=log) == 1
+    log.unlink()
+    changed = ["loss.hard_weight=0.5", "train.steps=16"]
+    assert run("train", str(config), *changed, log=log) == 1
     text = log.read_text()
     assert "CheckpointError" in text
-    assert "loss: checkpoint" in text
-    assert run("train", str(config), "loss.hard_weight=0.5", "--resume", "never", log=log) == 0, log.read_text()
+    assert "loss.hard_weight: checkpoint 0.0, now 0.5" in text
+    assert "--allow-changed loss.hard_weight,train.steps" in text
+    assert "starting Ray" not in text
+    assert run("train", str(config), *changed, "--allow-changed", "loss.hardweight", log=log) == 2
+    assert "did you mean loss.hard_weight?" in log.read_text()
+    assert run("train", str(config), "train.steps=10", "--allow-changed", "train.steps", log=log) == 1
+    assert "was written after 12 steps and train.steps = 10" in log.read_text()
+
+    ranks = ["student.parallel.data=2", "deepspeed.zero_optimization.stage=3"]
+    allowed = ["--allow-changed", "loss.hard_weight,train.steps"]
+    assert run("train", str(config), *changed, *ranks, *allowed, log=log) == 0, log.read_text()
+    assert "going on from step 12, parameter by parameter" in log.read_text()
     runs = tmp_path / "runs" / "tiny"
-    assert (runs / "checkpoints.1" / "step-12" / "MANIFEST.json").is_file(), "the earlier run's checkpoints are kept"
+    assert steps(runs) == list(range(1, 17))
+    summary = json.loads((runs / "summary.json").read_text())
+    changes = {one["name"]: (one["step"], one["then"], one["now"]) for one in summary["changes_on_resume"]}
+    assert changes == {
+        "loss.hard_weight": (12, 0.0, 0.5),
+        "train.steps": (12, 12, 16),
+        "student.parallel.data": (12, 1, 2),
+        "deepspeed.zero_optimization.stage": (12, 1, 3),
+    }
+    assert summary["kl_before"] > summary["kl_after"]
+
+    assert run("train", str(config), "loss.hard_weight=0.5", "--resume", "never", log=log) == 0, log.read_text()
+    assert (runs / "checkpoints.1" / "step-16" / "MANIFEST.json").is_file(), "the earlier run's checkpoints are kept"
     assert json.loads((runs / "summary.json").read_text())["hard_weight"] == 0.5
     assert_nothing_left()
 

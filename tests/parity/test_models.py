@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdscale.batch import TokenBatch
-from kdscale.config.schema import StudentSection
+from kdscale.config.sections import StudentSection
 from kdscale.data.loader import Loader
 from kdscale.engine.families import in_sequence, require_pipeline_family
 from kdscale.engine.models import (

@@ -12,7 +12,7 @@ LAYERS = [
     {"errors"},
     {"spec", "credentials"},
     {"log", "config", "topology"},
-    {"head", "metrics"},
+    {"head", "metrics", "identity"},
     {"batch"},
     {"data", "targets", "losses"},
     {"stream", "engine", "cluster"},

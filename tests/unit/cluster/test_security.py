@@ -8,7 +8,7 @@ from cryptography.x509.verification import PolicyBuilder as Policy
 from cryptography.x509.verification import Store, VerificationError
 
 from kdscale.cluster.security import LIFETIME, Authority, needs_tls
-from kdscale.config.schema import StreamSection
+from kdscale.config.sections import StreamSection
 from kdscale.credentials import RUN_NAME, Credentials
 
 

@@ -53,6 +53,8 @@ def test_resolved_config_round_trips(file: Path, tmp_path: Path):
         ),
         ("targets.encoding=int8", r"payload topk travels as float16 or uint8 or uint4"),
         ("train.steps=many", r"train.steps = 'many'"),
+        ("checkpoint.every_steps=null", r"every_steps and checkpoint.every_seconds are both null; set one of them"),
+        ("checkpoint.on_failure=ignore", r"checkpoint.on_failure = 'ignore': input should be 'continue' or 'stop'"),
         ("stream.network=10.0.0.5/8", r"stream.network: '10.0.0.5/8' must be a network in CIDR form, .* host bits set"),
         ("stream.tls=never", r"stream.tls = 'never': input should be 'auto' or 'always'"),
         ("run.name=../x", r"run.name: '../x' must match"),

@@ -42,6 +42,10 @@ def test_what_agrees_or_is_left_open_is_accepted():
         ({"optimizer": {"type": "Lion"}}, r"contradicts train.lr"),
         ({"scheduler": {"type": "WarmupLR"}}, r"use train.schedule"),
         ({"fp16": {"enabled": True}}, r"use student.dtype: bfloat16"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            r"offload_optimizer.device = nvme .* use cpu",
+        ),
     ],
 )
 def test_contradictions_are_refused_by_name(deepspeed: dict, message: str):

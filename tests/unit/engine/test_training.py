@@ -1,6 +1,6 @@
 import pytest
 
-from kdscale.config.schema import TrainSection
+from kdscale.config.sections import TrainSection
 from kdscale.engine.training import learning_rate
 
 

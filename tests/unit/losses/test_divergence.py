@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdscale.config.schedule import Schedule
-from kdscale.config.schema import LossSection
+from kdscale.config.sections import LossSection
 from kdscale.errors import ConfigError
 from kdscale.losses import sparse
 from kdscale.losses.divergence import Divergence, divergence

@@ -18,7 +18,7 @@ import torch
 
 from kdscale.batch import DenseTargets, HiddenTargets, SampledTargets, TokenBatch, TopkTargets
 from kdscale.cluster.security import Authority
-from kdscale.config.schema import StreamSection
+from kdscale.config.sections import StreamSection
 from kdscale.errors import CoverageError, IdentityError, StreamError
 from kdscale.spec import TargetSpec
 from kdscale.stream import server

@@ -1,5 +1,5 @@
 from kdscale.cluster.security import Authority
-from kdscale.config.schema import TeacherSection
+from kdscale.config.sections import TeacherSection
 from kdscale.stream.protocol import Meaning
 from kdscale.teacher.replica import ReplicaSetup
 

@@ -1,0 +1,277 @@
+"""The sections of a run's configuration: every field with its bounds."""
+
+import ipaddress
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from kdscale.config.schedule import Scheduled, ends, within
+from kdscale.config.section import Section
+from kdscale.spec import DivergenceName, Encoding, Payload, Sampler
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+Temperature = Annotated[Scheduled, AfterValidator(within(lambda v: 0.05 <= v <= 100, "lie in [0.05, 100]"))]
+Share = Annotated[Scheduled, AfterValidator(within(lambda v: 0 <= v <= 1, "lie in [0, 1]"))]
+OpenShare = Annotated[Scheduled, AfterValidator(within(lambda v: 0 < v < 1, "lie strictly between 0 and 1"))]
+Skew = Annotated[Scheduled, AfterValidator(within(lambda v: 0 <= v < 1, "lie in [0, 1)"))]
+
+
+def _safe_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", value) or set(value) == {"."}:
+        raise ValueError(f"{value!r} must match [A-Za-z0-9._-]{{1,128}}")
+    return value
+
+
+def _network(value: str) -> str:
+    try:
+        ipaddress.ip_network(value)
+    except ValueError as error:
+        raise ValueError(f"{value!r} must be a network in CIDR form, like 10.0.0.0/8: {error}") from None
+    return value
+
+
+SafeName = Annotated[str, AfterValidator(_safe_name)]
+Network = Annotated[str, AfterValidator(_network)]
+
+
+class RunSection(Section):
+    name: SafeName = "run"
+    """Name of the run; its files lie in ``dir/name``."""
+    dir: str = "runs"
+    """Directory that holds the runs; shared by all nodes with student ranks."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the shuffle and of fresh weights."""
+    deterministic: bool = False
+    """One request = one forward and deterministic kernels: the same numbers bit for bit on one kind of hardware."""
+
+
+class DataSection(Section):
+    train: list[str] = Field(min_length=1)
+    """Files, globs, Hugging Face dataset directories or hub names to train on (text, jsonl, parquet)."""
+    heldout: list[str] = Field([])
+    """The same for held-out text. Empty: every ``heldout_every``-th training document is held out."""
+    heldout_every: int = Field(50, ge=2)
+    """Which share of the documents is held out when ``heldout`` is empty."""
+    heldout_tokens: int = Field(4096, ge=1)
+    """At most about this many held-out tokens are scored (whole rows)."""
+    row_tokens: int = Field(1024, ge=2)
+    """Length of a packed row, tokens."""
+    packing: Literal["isolated", "joined", "off"] = "isolated"
+    """isolated: documents share rows but don't see each other; joined: they do; off: one document piece per row."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Which tokens of prompt+completion or chat documents are trained on (plain text: always all)."""
+    append_eos: bool = True
+    """Whether a document ends with the tokenizer's end token."""
+    tokenizer: str | None = None
+    """Tokenizer directory, hub name or SentencePiece ``.model`` file; none: the teacher's."""
+    cache_dir: str = "runs/.cache"
+    """Where tokenized corpora lie, one directory per fingerprint, reused by later runs."""
+
+
+class TeacherSection(Section):
+    model: str
+    """Model directory or hub name."""
+    ranks: int = Field(1, ge=1)
+    """Ray actors of a replica: one ZeRO-3 engine over all of them (1: ZeRO stage 0)."""
+    replicas: int = Field(1, ge=1)
+    """Teachers alike that share the requests. When one is lost, the others go on; more may join a run while it trains
+    (``kdscale teacher --join``)."""
+    dtype: Dtype = "auto"
+    """auto: bfloat16 where the processor multiplies it fast (GPUs, AVX512-BF16, AMX), else float32."""
+    max_batch_tokens: int = Field(8192, ge=1)
+    """Most tokens one rank takes into one forward (a single larger request still runs, alone)."""
+    cpus_per_rank: int = Field(1, ge=1)
+    """CPU cores and threads of a rank."""
+    gpus_per_rank: int = Field(0, ge=0, le=1)
+    """GPUs of a rank; 0 runs on CPU (gloo)."""
+    start_seconds: float = Field(120, gt=0)
+    """Limit until the ranks of a replica are processes, and again until they have formed their group."""
+    load_seconds: float = Field(600, gt=0)
+    """Limit for loading and building a replica."""
+    load_heartbeat_seconds: float = Field(30, ge=1)
+    """Like ``heartbeat_seconds``, while a replica loads: reading weights may keep a rank from answering for a while."""
+    heartbeat_seconds: float = Field(4, ge=1)
+    """A serving rank that leaves a heartbeat unanswered for this long is lost (stopped, or its node is gone); a dead one is
+    noticed at once. A long forward does not count: another thread answers."""
+    forward_seconds: float = Field(600, gt=0)
+    """A rank whose forward runs longer than this is lost: it hangs, though it answers."""
+    restarts: int = Field(3, ge=0)
+    """How often in a row a replica that is lost is rebuilt, all ranks together, while students wait or use another one. With
+    none left anywhere, the run ends with its newest checkpoint."""
+    restart_wait_seconds: float = Field(1, gt=0)
+    """Wait before the first rebuild; doubles with each further one, 60 s at most."""
+    restart_forget_seconds: float = Field(600, gt=0)
+    """A replica that has served for this long counts its restarts, and waits before them, from the beginning."""
+
+
+class ParallelSection(Section):
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages; the layers are dealt out by their trained parameters (ZeRO 0 or 1, listed model families)."""
+    data: int = Field(1, ge=1)
+    """Data-parallel ranks."""
+
+
+class StudentSection(Section):
+    init: Literal["teacher_layers", "model", "config"] = "teacher_layers"
+    """Start from chosen layers of the teacher, from a model directory, or from fresh weights of ``config``."""
+    layers: list[int] | None = None
+    """With ``teacher_layers``: which of the teacher's layers, in order."""
+    model: str | None = None
+    """With ``model``: directory or hub name."""
+    config: dict[str, Any] | None = None
+    """With ``config``: a transformers config as a mapping (``model_type`` and its fields)."""
+    freeze: list[str] = Field([])
+    """Regular expressions; parameters whose name one of them finds are not trained."""
+    dtype: Dtype = "auto"
+    """Like ``teacher.dtype``."""
+    parallel: ParallelSection = ParallelSection()
+    """How the student's ranks are laid out."""
+    cpus_per_rank: int = Field(1, ge=1)
+    """CPU cores and threads of a rank."""
+    gpus_per_rank: int = Field(0, ge=0, le=1)
+    """GPUs of a rank; 0 runs on CPU (gloo)."""
+    start_seconds: float = Field(600, gt=0)
+    """Limit until the student's ranks are processes, again until they have formed their group, and again until they are
+    built."""
+    heartbeat_seconds: float = Field(20, ge=1)
+    """A rank that leaves a heartbeat unanswered for this long is lost (stopped, or its node is gone); a dead one is noticed
+    at once."""
+    restarts: int = Field(2, ge=0)
+    """How often in a row a run starts its student again from the newest checkpoint, all ranks together, after one was lost
+    or failed. With none left, the run ends."""
+    restart_wait_seconds: float = Field(1, gt=0)
+    """Like ``teacher.restart_wait_seconds``."""
+    restart_forget_seconds: float = Field(600, gt=0)
+    """Like ``teacher.restart_forget_seconds``, for a student that has lived so long."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+
+
+class TargetsSection(Section):
+    payload: Payload = "topk"
+    """What a trained position receives. topk: the k likeliest tokens and the mass of all others; sampled: k tokens that
+    stand for the whole distribution without bias; hidden: the teacher's last hidden state (its head is fetched once);
+    dense: all log-probabilities."""
+    k: int = Field(64, ge=1, le=4096)
+    """Entries per position of ``topk``. Of ``sampled``: as many at most; tokens of probability 1/k and more come exactly, the
+    others stand for about 1/k each, so a position whose teacher is sure takes few."""
+    encoding: Literal["auto"] | Encoding = "auto"
+    """How numbers travel: float16 or uint8 (topk, sampled), uint4 (topk; ids sorted, the fewest bytes), bfloat16 or int8
+    (hidden), float32 (dense). auto: the first that is named here for the payload."""
+    source: Literal["live", "recording"] = "live"
+    """live: asked of the served teacher; recording: read from ``recording``, without a teacher."""
+    recording: str | None = None
+    """Directory that ``kdscale record`` has filled."""
+    sampler: Sampler = "threshold"
+    """How ``sampled`` draws. threshold: likely tokens exactly, the others by systematic sampling; replacement:
+    independent draws (arXiv 2503.16870)."""
+
+
+class LossSection(Section):
+    """``temperature``, ``hard_weight``, ``beta`` and ``skew`` take a number, or ``{shape: linear, start: A, end: B}``."""
+
+    divergence: DivergenceName = "forward_kl"
+    """Between teacher and student; ``kdscale.losses.divergence`` defines each."""
+    temperature: Temperature = 1.0
+    """Softens both distributions; the teacher applies it before truncation."""
+    hard_weight: Share = 0.1
+    """Share of the cross-entropy with the true labels; 1 trains on labels only."""
+    beta: OpenShare = 0.5
+    """Weight of the teacher in ``jsd``'s mixture."""
+    skew: Skew = 0.1
+    """Weight of the first distribution in the mixture of the skewed divergences."""
+    head_mass: float = Field(0.5, gt=0, lt=1)
+    """``adaptive_kl``: mass of the least likely tokens that make the tail."""
+    chunk_mib: float = Field(64, gt=0)
+    """Memory budget of the loss's largest tile, MiB."""
+
+    @property
+    def soft(self) -> bool:
+        """Whether any step learns from the teacher."""
+        return min(ends(self.hard_weight)) < 1
+
+
+class TrainSection(Section):
+    steps: int = Field(100, ge=1)
+    """Optimizer steps. A finished run can be given more: at a constant rate it goes on as if it had always been longer;
+    under a schedule the change must be allowed (``checkpoint.allow_changed``), and the rest follows the longer schedule."""
+    batch_rows: int = Field(8, ge=1)
+    """Rows of one optimizer step, over all ranks."""
+    micro_rows: int = Field(1, ge=1)
+    """Rows of one forward and backward on one rank."""
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate goes from its peak to ``final_lr_share`` of it."""
+    final_lr_share: float = Field(0.1, ge=0, le=1)
+    """Learning rate of the last step, as a share of ``lr``."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    clip: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0 does not clip."""
+
+
+class StreamSection(Section):
+    in_flight: int = Field(8, ge=1)
+    """Requests a student rank keeps open ahead of the one it trains on; bounds memory on both sides."""
+    endpoints_per_rank: int = Field(8, ge=1)
+    """Most teacher endpoints a student rank connects to."""
+    stall_seconds: float = Field(60, gt=0)
+    """A request without progress for this long is cancelled and retried elsewhere."""
+    give_up_seconds: float = Field(120, gt=0)
+    """When no endpoint has served a request for this long, the run ends. The clock starts anew each time the directory says
+    that a teacher is being rebuilt."""
+    network: Network = "127.0.0.0/8"
+    """Private network (CIDR) our listeners bind to; each node uses its address in it."""
+    directory_port: int = Field(0, ge=0, le=65535)
+    """Port of the endpoint directory; 0 picks a free one."""
+    tls: Literal["auto", "always"] = "auto"
+    """``auto``: teacher endpoints and directory use mutual TLS where ``network`` is not loopback; ``always``: there too."""
+
+
+class CheckpointSection(Section):
+    every_steps: int | None = Field(50, ge=1)
+    """Save after this many steps (and after the last); ``null``: by ``every_seconds`` alone."""
+    every_seconds: float | None = Field(None, gt=0)
+    """Save when this long has passed since the last save began, by rank 0's clock, at the end of the step."""
+    keep: int = Field(2, ge=2)
+    """How many checkpoints are kept; older ones go once a new one has been read back."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written: warn and train on with the older ones, or end the run. The last save of a run,
+    and the one before it leaves on a signal, always end it."""
+    write_seconds: float = Field(600, gt=0)
+    """A checkpoint that is not written within this time counts as failed."""
+    allow_changed: list[str] = Field([])
+    """Settings (dotted names, or whole sections) that may differ from the checkpoint's when a run goes on from it; also
+    ``--allow-changed``. Otherwise a run of other meaning is refused with the differences."""
+
+    @model_validator(mode="after")
+    def _ever(self) -> "CheckpointSection":
+        if self.every_steps is None and self.every_seconds is None:
+            raise ValueError("checkpoint.every_steps and checkpoint.every_seconds are both null; set one of them")
+        return self
+
+
+class EvaluateSection(Section):
+    quality: bool = True
+    """Measure held-out quality before and after, through the served teacher."""
+    efficiency: bool = True
+    """Measure size, speed and memory of teacher and student after training, each in a fresh process."""
+    canary_rows: int = Field(2, ge=0)
+    """Rows scored by the served teacher and by a plain forward before step 1; 0 skips (the summary says so)."""
+    canary_max_gib: float = Field(8.0, ge=0)
+    """A teacher of more GiB of weights is not loaded plainly; the summary then says ``not checked``."""
+
+
+class ClusterSection(Section):
+    address: str | None = None
+    """Ray cluster to join (``auto`` inside ``ray job submit``); none starts a local one, closed on exit."""
+    wait_seconds: float = Field(120, gt=0)
+    """How long placement waits for resources, naming what is missing."""
+    grace_seconds: float = Field(8.0, gt=0)
+    """After Ctrl-C or SIGTERM: time to save and leave before what is left is killed."""

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def train_students(
     Raises: StudentError when they are lost; KdscaleError, Stopped.
     """
     with ExitStack() as stack:
-        students = start_students(job, prepared, identity, checkpoint, slots, stack)
+        students = start_students(job, prepared, identity, checkpoint, slots, stack, partial(look, job, teacher))
         facts = ready(job, teacher, students)
         students.start("run", teacher.access)
         return facts, watch(job, teacher, students)
@@ -121,7 +122,7 @@ def evaluate(job: Job, resume: str) -> None:
         teacher = start_teacher(job, prepared, slots, stack)
         identity["corpus"] = corpus_of(job.config, prepared, job.display.count).fingerprint
         require_resumable(job.config, checkpoint, identity)
-        students = start_students(job, prepared, identity, checkpoint, slots, stack)
+        students = start_students(job, prepared, identity, checkpoint, slots, stack, partial(look, job, teacher))
         ready(job, teacher, students)
         students.start("evaluate", teacher.access)
         report = watch(job, teacher, students)
@@ -202,17 +203,23 @@ def leave(job: Job, teacher: OwnTeacher, registry: RemoteRegistry) -> None:
         time.sleep(_POLL_S)
 
 
+def look(job: Job, teacher: Teacher) -> None:
+    """What a wait for parts that start does now and then. Raises: the teacher's fault, Stopped."""
+    show(teacher.events(), job.display)
+    if job.stop.is_set():
+        raise Stopped("while its parts were starting")
+
+
 def ready(job: Job, teacher: Teacher, students: StudentGroup | None) -> dict[str, Any]:
     """Wait until the teacher serves and every student rank, if any, is built; returns rank 0's facts. The parts know their
     limits. Raises: KdscaleError, Stopped."""
     facts: dict[str, Any] | None = {} if students is None else None
     while facts is None or not teacher.serves:
-        show(teacher.events(), job.display)
+        look(job, teacher)
         if students is not None:
             show(students.events(), job.display)
             facts = students.built()
-        if job.stop.wait(_POLL_S):
-            raise Stopped("while its parts were starting")
+        job.stop.wait(_POLL_S)
     return facts
 
 

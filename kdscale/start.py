@@ -3,6 +3,7 @@
 import secrets
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,8 +221,10 @@ def start_students(
     checkpoint: Checkpoint | None,
     slots: Slots,
     stack: ExitStack,
+    meanwhile: Callable[[], None],
 ) -> StudentGroup:
-    """Let the student ranks build, without waiting for the end of it."""
+    """Let the student ranks build, without waiting for the end of it; what ``meanwhile`` raises ends the wait for their
+    processes."""
     assert slots.student is not None
     job.display.phase("building the student")
     setup = StudentSetup(
@@ -234,5 +237,5 @@ def start_students(
     )
     students = StudentGroup(setup, slots.student)
     stack.callback(students.kill)
-    students.begin()
+    students.begin(meanwhile)
     return students

@@ -10,7 +10,7 @@ Starts a Ray head that takes only who knows its token. The token lies in a file 
 to the other nodes (launch/ray_worker.sh) and to where jobs are submitted from (launch/submit.sh). The dashboard, which
 takes the jobs, listens on loopback: reach it from elsewhere through ssh -L 8265:127.0.0.1:8265 HEAD.
 
-  --stop   stop the Ray processes of this node that this script, or launch/ray_worker.sh, has started
+  --stop   stop what this script has started on this node
 
 environment:
   KDSCALE_VENV          environment of launch/install.sh             (default: .venv)

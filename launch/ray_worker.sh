@@ -8,7 +8,7 @@ usage: bash launch/ray_worker.sh HEAD:PORT | --stop
 
 Joins this node to the head at HEAD:PORT. The head's token must lie in this node's token file (mode 0600) before.
 
-  --stop   stop the Ray processes of this node
+  --stop   stop what this script has started on this node
 
 environment:
   KDSCALE_VENV          environment of launch/install.sh             (default: .venv)

@@ -74,12 +74,12 @@ class RankGroup:
         ]
         self._on_this_node: list[psutil.Process] = []
 
-    def locate(self, timeout_s: float) -> None:
+    def locate(self, timeout_s: float, meanwhile: Callable[[], Any] | None = None) -> None:
         """Wait until every rank is a process, and learn which are of this node, so that ``kill`` can end a stopped one.
         Raises: the group's fault."""
         this_node = ray.get_runtime_context().get_node_id()
         calls = [actor.__ray_call__.remote(_place) for actor in self.actors]
-        for place in self.gather(calls, "start", timeout_s):
+        for place in self.gather(calls, "start", timeout_s, meanwhile):
             if place.node != this_node:
                 continue
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,6 +1,7 @@
 """The student as the driver sees it: started, polled, stopped as one unit."""
 
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import ray
@@ -32,13 +33,19 @@ class StudentGroup:
         self.running: list[Any] = []
         self._asked_to_stop = False
 
-    def begin(self) -> None:
-        """Form the group and let every rank build, without waiting for the end of it. Raises: StudentError."""
+    def begin(self, meanwhile: Callable[[], None]) -> None:
+        """Form the group and let every rank build, without waiting for the end of it. What ``meanwhile``, called twice a
+        second, raises ends the wait. Raises: StudentError."""
         limit_s = self._student.start_seconds
-        self._ranks.locate(limit_s)
+        self._ranks.locate(limit_s, meanwhile)
         self._heartbeats = Heartbeats(self._ranks)
+
+        def listen() -> None:
+            self.events()
+            meanwhile()
+
         network = self._setup.config.stream.network
-        form_group(self._ranks, network, limit_s, limit_s, self._student.gpus_per_rank, self.events)
+        form_group(self._ranks, network, limit_s, limit_s, self._student.gpus_per_rank, listen)
         self._building = [actor.build.remote(self._setup) for actor in self._ranks.actors]
         self._build_deadline = time.monotonic() + limit_s
 

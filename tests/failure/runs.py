@@ -19,6 +19,8 @@ from tests.runs import marked_running, steps, write_config
 # Of a machine of two cores that runs the rest of the run as well.
 SLACK_S = 3.0
 NOTICE_S = 5.0 + SLACK_S
+# For what has no limit of its own: starting Ray and a group of ranks, on a machine that does much else.
+START_S = 240.0
 
 
 def config_of(tmp_path: Path, teacher_dir: Path, text_dir: Path, **sections: dict[str, Any]) -> Path:
@@ -71,7 +73,7 @@ def wait_for_ranks(
     actor: str, count: int, others: list[psutil.Process], process: "subprocess.Popen[bytes]", log: Path
 ) -> list[psutil.Process]:
     """The processes of an actor class once there are ``count`` besides ``others``."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + START_S
     while len(found := [one for one in ranks_of(actor) if one not in others]) < count:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, f"{len(found)} of {count} {actor}:\n{log.read_text()}"
@@ -81,7 +83,7 @@ def wait_for_ranks(
 
 def wait_for_progress(run_directory: Path, process: "subprocess.Popen[bytes]", log: Path, num_steps: int = 5) -> None:
     """Wait until ``num_steps`` more are trained than before; a student that starts again first goes back."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + START_S
     last, more = last_step(run_directory), 0
     while more < num_steps:
         assert process.poll() is None, log.read_text()

@@ -13,6 +13,7 @@ from kdscale.engine.checkpoint import newest
 from tests.failure.runs import (
     NOTICE_S,
     SLACK_S,
+    START_S,
     config_of,
     last_step,
     ranks_of,
@@ -72,9 +73,9 @@ def test_teacher_rank_is_lost_before_it_serves(running: Running, moment: str, nu
     """Of the first three generations."""
     ranks = wait_for_ranks("TeacherRank", 2, running.lost, running.process, running.log)
     if moment == "loading":
-        running.await_words("replica-0 of the teacher loads", 60)
+        running.await_words("replica-0 of the teacher loads", START_S)
     ranks[1].send_signal(number)
-    running.await_words("rebuilding replica-0 of the teacher", within_s)
+    running.await_words("replica-0 of the teacher is lost", within_s)
     assert not psutil.wait_procs(ranks, timeout=10)[1], "the whole group is killed"
     running.lost += ranks
 
@@ -98,9 +99,9 @@ def test_teacher_rank_is_lost_mid_stream(running: Running, fault: str):
     ranks = ranks_of("TeacherRank")
     assert len(ranks) == 2
     FAULTS[fault](ranks[1])
-    running.await_words("rebuilding replica-0 of the teacher", NOTICE_S)
+    running.await_words("replica-0 of the teacher is lost", NOTICE_S)
     assert not psutil.wait_procs(ranks, timeout=10)[1], "the whole group is killed"
-    running.await_words("replica-0 of the teacher serves again", 90)
+    running.await_words("replica-0 of the teacher serves again", START_S)
     wait_for_progress(running.directory, running.process, running.log)
 
 
@@ -109,7 +110,8 @@ def test_teacher_rank_is_lost_mid_stream(running: Running, fault: str):
     [
         (signal.SIGKILL, NOTICE_S),
         (signal.SIGSEGV, NOTICE_S),
-        (signal.SIGSTOP, STUDENT_HEARTBEAT_S + SLACK_S),
+        # It is said when what is left has been killed.
+        (signal.SIGSTOP, STUDENT_HEARTBEAT_S + NOTICE_S),
     ],
     ids=["SIGKILL", "SIGSEGV", "SIGSTOP"],
 )

@@ -15,6 +15,7 @@ from kdscale.stream.protocol import Access, Endpoint, call, connect
 from tests.conftest import make_model, make_tokenizer
 from tests.failure.runs import (
     NOTICE_S,
+    START_S,
     config_of,
     last_step,
     ranks_of,
@@ -57,6 +58,7 @@ def leave_nothing() -> Iterator[None]:
             process.kill()
 
 
+@pytest.mark.timeout(1500)  # Five starts of Ray in a row.
 def test_replicas_come_and_go_while_a_run_trains(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     config = config_of(
         tmp_path,
@@ -84,13 +86,13 @@ def test_replicas_come_and_go_while_a_run_trains(tmp_path: Path, teacher_dir: Pa
     wait_for_progress(directory, process, log, 10)
     listing = list_endpoints(access)
     assert (len(listing.endpoints), len(listing.rebuilding)) == (1, 1), "trained on while a replica was rebuilt"
-    wait_for_words("of the teacher serves again (generation 1)", process, log, 90, read)
+    wait_for_words("of the teacher serves again (generation 1)", process, log, START_S, read)
     compared = last_step(directory)
 
     # Another one joins, is asked, and leaves after what it has in hand.
     join_log = tmp_path / "join.log"
     joiner = start("teacher", str(config), "teacher.replicas=1", "--join", str(directory), log=join_log)
-    (endpoint,) = wait_for_joined(access, 1, 90, join_log)
+    (endpoint,) = wait_for_joined(access, 1, START_S, join_log)
     deadline = time.monotonic() + 30
     while tokens_of(access, endpoint) < 500:
         assert time.monotonic() < deadline, "the replica that has joined is not asked"
@@ -102,7 +104,7 @@ def test_replicas_come_and_go_while_a_run_trains(tmp_path: Path, teacher_dir: Pa
 
     # One that joins and is gone without a word is forgotten when its lease is over.
     joiner = start("teacher", str(config), "teacher.replicas=1", "--join", str(access_file), log=join_log)
-    (endpoint,) = wait_for_joined(access, 1, 90, join_log)
+    (endpoint,) = wait_for_joined(access, 1, START_S, join_log)
     stopped = [one for one in marked_running("--join") + marked_running("kdscale.driver join")]
     rank = max(ranks_of("TeacherRank"), key=lambda one: one.create_time())
     for one in [*stopped, rank]:
@@ -125,7 +127,7 @@ def test_replicas_come_and_go_while_a_run_trains(tmp_path: Path, teacher_dir: Pa
 
     # One that outlives the run ends with it.
     joiner = start("teacher", str(config), "teacher.replicas=1", "--join", str(directory), log=join_log)
-    wait_for_joined(access, 1, 90, join_log)
+    wait_for_joined(access, 1, START_S, join_log)
     process.send_signal(signal.SIGTERM)
     assert finish(process, log, within_s=20) == 130, log.read_text()
     assert finish(joiner, join_log, within_s=30) == 0, join_log.read_text()

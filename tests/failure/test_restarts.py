@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdscale.engine.checkpoint import newest
-from tests.failure.runs import NOTICE_S, config_of, ranks_of, wait_for_words
+from tests.failure.runs import NOTICE_S, START_S, config_of, ranks_of, wait_for_words
 from tests.runs import assert_nothing_left, finish, run, start, steps, wait_for_file, wait_for_step
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ def test_served_teacher_is_rebuilt_idle_and_for_its_clients(tmp_path: Path, teac
     wait_for_file(endpoints, teacher, teacher_log)
     ranks_of("TeacherRank")[1].send_signal(signal.SIGSTOP)
     read = wait_for_words("restart 1 of 3", teacher, teacher_log, within_s=NOTICE_S)
-    read = wait_for_words("serves again (generation 1)", teacher, teacher_log, 90, read)
+    read = wait_for_words("serves again (generation 1)", teacher, teacher_log, START_S, read)
 
     process = start("train", str(config), "run.name=client", "--teacher-endpoints", str(endpoints), log=log)
     directory = tmp_path / "runs" / "client"

@@ -16,6 +16,8 @@ environment:
   KDSCALE_VENV          environment of launch/install.sh             (default: .venv)
   KDSCALE_NODE_ADDRESS  address of this node, known to the others    (default: 127.0.0.1: no other node can join)
   KDSCALE_RAY_PORT      port of the head                             (default: 6379)
+  KDSCALE_JOBS_PORT     port that takes jobs, on loopback            (default: 8265)
+  KDSCALE_AGENT_PORT    port of the node's agent                     (default: 52365)
   KDSCALE_CPUS          logical CPUs of this node                    (default: its cores)
   KDSCALE_GPUS          GPUs of this node                            (default: what Ray finds)
   KDSCALE_RAY_TEMP      directory of Ray's sockets and logs          (default: /tmp/kdscale-ray)
@@ -32,11 +34,12 @@ case "${1:-}" in
   *) usage >&2; exit 2 ;;
 esac
 
+jobs_port="${KDSCALE_JOBS_PORT:-8265}"
 make_token
-start_node --head --port "${KDSCALE_RAY_PORT:-6379}" --dashboard-host 127.0.0.1 --dashboard-port 8265
+start_node --head --port "${KDSCALE_RAY_PORT:-6379}" --dashboard-host 127.0.0.1 --dashboard-port "$jobs_port"
 # The agent that takes jobs comes up some seconds after the head.
 for _ in {1..30}; do
-  if ray job submit --address http://127.0.0.1:8265 -- true >"$ray_temp/first-job.log" 2>&1; then
+  if ray job submit --address "http://127.0.0.1:$jobs_port" -- true >"$ray_temp/first-job.log" 2>&1; then
     ready=yes
     break
   fi

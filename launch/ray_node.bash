@@ -9,6 +9,7 @@ export RAY_USAGE_STATS_ENABLED=0
 export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-30}"
 ray_temp="${KDSCALE_RAY_TEMP:-/tmp/kdscale-ray}"
 node_address="${KDSCALE_NODE_ADDRESS:-}"
+export KDSCALE_RAY_NODE="$ray_temp"
 
 # A token file that only this user can read, before anything listens.
 make_token() {
@@ -26,6 +27,7 @@ start_node() {
   else
     options=(--disable-usage-stats)
   fi
+  [[ -z "${KDSCALE_AGENT_PORT:-}" ]] || options+=(--dashboard-agent-listen-port "$KDSCALE_AGENT_PORT")
   [[ -z "$node_address" ]] || options+=(--node-ip-address "$node_address")
   [[ -z "${KDSCALE_CPUS:-}" ]] || options+=(--num-cpus "$KDSCALE_CPUS")
   [[ -z "${KDSCALE_GPUS:-}" ]] || options+=(--num-gpus "$KDSCALE_GPUS")
@@ -33,16 +35,28 @@ start_node() {
   ray start "${options[@]}" --object-store-memory 134217728 "$@" >/dev/null
 }
 
-# By the session directory in their command lines: other clusters on this machine are none of our business.
+# By a mark that everything started on this node inherits: other clusters on this machine are none of our business.
 stop_node() {
-  local left=()
-  for signal in TERM TERM KILL; do
-    mapfile -t left < <(pgrep -u "$(id -u)" -f -- "$ray_temp/session_")
-    [[ ${#left[@]} -gt 0 ]] || return 0
-    kill -s "$signal" "${left[@]}" 2>/dev/null || true
-    for _ in {1..10}; do
-      pgrep -u "$(id -u)" -f -- "$ray_temp/session_" >/dev/null || return 0
-      sleep 0.5
-    done
-  done
+  python - "$KDSCALE_RAY_NODE" <<'PY'
+import sys
+import psutil
+
+def marked():
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("KDSCALE_RAY_NODE") == sys.argv[1] and process.pid not in spared:
+                yield process
+        except psutil.Error:
+            continue
+
+spared = {psutil.Process().pid, *(parent.pid for parent in psutil.Process().parents())}
+for end in (psutil.Process.terminate, psutil.Process.kill):
+    found = list(marked())
+    for process in found:
+        try:
+            end(process)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(found, timeout=10)
+PY
 }

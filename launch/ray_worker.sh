@@ -15,6 +15,7 @@ environment:
   KDSCALE_NODE_ADDRESS  address of this node, known to the others    (default: Ray's choice)
   KDSCALE_CPUS          logical CPUs of this node                    (default: its cores)
   KDSCALE_GPUS          GPUs of this node                            (default: what Ray finds)
+  KDSCALE_AGENT_PORT    port of the node's agent                     (default: 52365)
   KDSCALE_RAY_TEMP      directory of Ray's sockets and logs          (default: /tmp/kdscale-ray)
   RAY_AUTH_TOKEN_PATH   the token's file                             (default: ~/.ray/auth_token)
 TEXT

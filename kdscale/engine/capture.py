@@ -22,7 +22,7 @@ from kdscale.errors import CheckpointError
 
 SHARDS = "shards"
 """Directory of DeepSpeed's files inside a checkpoint; DeepSpeed's tag."""
-ALLOWED = [LossScaler, ZeroStageEnum, fragment_address]
+_ALLOWED = [LossScaler, ZeroStageEnum, fragment_address]
 """What DeepSpeed's files hold besides tensors and plain values; nothing else is unpickled."""
 
 
@@ -86,12 +86,21 @@ class HostCapture(CheckpointEngine):
         return captured
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Raises: CheckpointError for a file that cannot be read or holds other objects than ``ALLOWED``."""
-        try:
-            with torch.serialization.safe_globals(ALLOWED):
-                return torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as error:  # torch.load raises whatever the unpickler met
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        """Raises: CheckpointError."""
+        return load_shard(Path(path), map_location)
+
+
+def load_shard(path: Path, map_location: Any = "cpu", *, mapped: bool = False) -> Any:
+    """One of DeepSpeed's files; ``mapped``: its tensors are read when they are used.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds other objects than tensors, plain values and ``_ALLOWED``.
+    """
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(path, map_location=map_location, mmap=mapped, weights_only=True)
+    except Exception as error:  # torch.load raises whatever the unpickler met
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 class _Clones:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from kdscale.engine.capture import SHARDS
+from kdscale.engine.capture import SHARDS, install
 from kdscale.engine.checkpoint import Checkpoint
 from kdscale.engine.partition import MOMENTS, Partition
 from kdscale.engine.process import any_rank
@@ -39,6 +39,7 @@ def restore(engine: Engine, partition: Partition, checkpoint: Checkpoint, rank: 
     if any_rank(not same, engine.device):
         _convert(engine, partition, shards, checkpoint)
         return "converted"
+    install(engine)
     path, _ = engine.load_checkpoint(str(checkpoint.directory), tag=SHARDS)
     if path is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint.directory / SHARDS}")

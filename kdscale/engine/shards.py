@@ -7,16 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
-from kdscale.engine.capture import SHARDS
+from kdscale.engine.capture import SHARDS, load_shard
 from kdscale.engine.partition import Fragment, Place
 from kdscale.errors import CheckpointError
-
-_ALLOWED = [LossScaler, ZeroStageEnum, fragment_address]
-"""What DeepSpeed's files hold besides tensors and plain values; nothing else is unpickled."""
 
 
 def index_file(rank: int) -> str:
@@ -27,15 +21,6 @@ def index_file(rank: int) -> str:
 def index_files(rank: int, index: dict[str, Any]) -> dict[str, bytes]:
     """What ``Partition.describe`` gave, as a file of the checkpoint: its content by its path."""
     return {index_file(rank): json.dumps(index).encode()}
-
-
-def load_shard(path: Path) -> Any:
-    """One of DeepSpeed's files, mapped, not read. Raises: CheckpointError."""
-    try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # torch.load raises whatever the unpickler met
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -138,7 +123,7 @@ class Shards:
 
     def _file(self, name: str) -> Any:
         if name not in self._files:
-            self._files[name] = load_shard(self._directory / SHARDS / name)
+            self._files[name] = load_shard(self._directory / SHARDS / name, mapped=True)
         return self._files[name]
 
 

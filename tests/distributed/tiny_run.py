@@ -17,12 +17,14 @@ from kdscale.engine import checkpoint, process
 from kdscale.engine.export import load_checkpoint_weights
 from kdscale.engine.models import freeze
 from kdscale.engine.restore import restore
+from kdscale.engine.saver import Saver
 from kdscale.engine.settings import batch_cut, student_settings, topology_of
 from kdscale.engine.shards import index_files
 from kdscale.metrics import StepMetrics
 from kdscale.spec import TargetSpec
 from kdscale.student.layout import DataParallelStudent, PipelineStudent
-from kdscale.student.step import MicroBatch, Step, StepResult
+from kdscale.student.saving import Saving
+from kdscale.student.step import MicroBatch, Signals, Step, StepResult
 from kdscale.student.trainer import Totals, Trainer
 from tests.conftest import FAMILIES, PADDED_VOCAB, make_model
 from tests.properties.test_packing_properties import Documents
@@ -160,6 +162,33 @@ def make_student(case: Case, seed: int) -> transformers.PreTrainedModel:
     return model.to(getattr(torch, case.dtype))
 
 
+class Saves(Saving):
+    """Saves at the steps that the case names, beside the training, and stops where it says."""
+
+    def __init__(self, run: "TinyRun", root: Path | None) -> None:
+        self._run, self._root = run, root
+        self._real = None if root is None else run.saver(root)
+
+    def signals(self) -> Signals:
+        return Signals(stop=int(self._run.start + len(self._run.rows) == self._run.case.until))
+
+    def after_step(self, done: int, heard: Signals, totals: Totals, *, last: bool) -> None:
+        self.settle()
+        if (
+            self._real is not None
+            and self._root is not None
+            and done in (*self._run.case.save_at, self._run.case.until)
+        ):
+            self._run.begin_save(self._real, self._root, done)
+
+    def settle(self, limit_s: float = 0.0) -> None:
+        if self._real is not None and (outcome := self._real.wait()) is not None:
+            assert outcome.fault == "", outcome
+
+    def take_stall_seconds(self) -> float:
+        return 0.0
+
+
 class TinyRun:
     """One rank's student and trainer."""
 
@@ -208,42 +237,25 @@ class TinyRun:
         def keep(metrics: StepMetrics) -> None:
             steps.append({name: value for name, value in metrics.as_dict().items() if name not in TIMES})
 
-        def save(number: int, totals: Totals) -> None:
-            if root is not None and number in (*self.case.save_at, self.case.until):
-                self.save(root, number)
-
-        config = self._config.model_copy(
-            update={"checkpoint": self._config.checkpoint.model_copy(update={"every_steps": 1})}
-        )
-
-        def stop() -> bool:
-            return self.start + len(step.rows) == self.case.until
-
-        loader = make_rows(config.run.seed)
-        trainer = Trainer(config, loader, cut, self._topology, self._rank, step, emit=keep, save=save, should_stop=stop)
+        loader = make_rows(self._config.run.seed)
+        saves = Saves(self, root)
+        trainer = Trainer(self._config, loader, cut, self._topology, self._rank, step, emit=keep, saving=saves)
         holds = self._topology.holds_loss(self._rank)
         prefetcher = trainer.prefetch(self.start, LocalTeacher()) if holds and self.case.soft else None
         trainer.run(self.start, Totals(), prefetcher)
         if prefetcher is not None:
             prefetcher.close()
+        saves.settle()
         return steps
 
-    def save(self, root: Path, step: int) -> None:
+    def saver(self, root: Path) -> Saver:
+        return Saver(self.student.engine, root, self.start, rank=self._rank, world=self._world, keep=9, limit_s=60.0)
+
+    def begin_save(self, saver: Saver, root: Path, step: int) -> None:
         weights = self.student.whole_state()
         if self._rank == 0:
-            root.mkdir(parents=True, exist_ok=True)
             save_file(weights, root.parent / f"weights-{step}.safetensors")
-        checkpoint.save(
-            self.student.engine,
-            root,
-            step,
-            identity={},
-            notes={},
-            small=index_files(self._rank, self.student.partition.describe()),
-            rank=self._rank,
-            world=self._world,
-            keep=9,
-        )
+        saver.begin(step, identity={}, notes={}, small=index_files(self._rank, self.student.partition.describe()))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every number this rank trains: slots with their optimizer states, and on rank 0 the student's weights."""

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdscale.engine.capture import SHARDS, load_shard
 from kdscale.engine.partition import Fragment, digest
-from kdscale.engine.shards import SHARDS, Shards, index_file, index_files, load_shard, require_same_frozen
+from kdscale.engine.shards import Shards, index_file, index_files, require_same_frozen
 from kdscale.errors import CheckpointError
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)

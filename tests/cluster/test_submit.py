@@ -1,0 +1,116 @@
+"""``launch/ray_head.sh`` and ``launch/submit.sh``: a run on a cluster that outlives it."""
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.runs import OURS, assert_nothing_left, write_config
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def shell(*command: str, env: dict[str, str], within_s: float = 240) -> tuple[int, str]:
+    done = subprocess.run(
+        ["bash", *command],
+        cwd=ROOT,
+        env=os.environ | OURS | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=within_s,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of whoever submits to a head of this test's own."""
+    # Not tmp_path: Ray's sockets lie below it, and the path of a Unix socket is short.
+    with tempfile.TemporaryDirectory(prefix="kdscale-") as temp:
+        jobs = free_port()
+        env = {
+            "KDSCALE_VENV": sys.prefix,
+            "KDSCALE_RAY_TEMP": temp,
+            "KDSCALE_RAY_PORT": str(free_port()),
+            "KDSCALE_JOBS_PORT": str(jobs),
+            "KDSCALE_AGENT_PORT": str(free_port()),
+            "KDSCALE_CPUS": "3",
+            "RAY_AUTH_TOKEN_PATH": str(tmp_path_factory.mktemp("secrets") / "token"),
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{jobs}",
+        }
+        code, text = shell("launch/ray_head.sh", env=env)
+        try:
+            assert code == 0, text
+            yield env
+        finally:
+            code, text = shell("launch/ray_head.sh", "--stop", env=env)
+            assert code == 0, text
+        assert_nothing_left(within_s=15)
+
+
+def test_submitted_runs_train_and_go_on(cluster: dict[str, str], tmp_path: Path, teacher_dir: Path, text_dir: Path):
+    token = Path(cluster["RAY_AUTH_TOKEN_PATH"])
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    config = write_config(tmp_path, teacher_dir, text_dir)
+    # What is uploaded is the tree of kdscale; a config lies in it.
+    inside = ROOT / "configs" / f".test-{os.getpid()}.yaml"
+    inside.write_text(config.read_text())
+    try:
+        name = str(inside.relative_to(ROOT))
+        files = {"KDSCALE_FILES": str(tmp_path)}
+        code, text = shell("launch/submit.sh", name, "run.dir=here", "train.steps=6", env=cluster | files)
+        assert code == 0, text
+        assert "step 6/6" in text
+        assert token.read_text() not in text
+        summary = json.loads((tmp_path / "here" / "tiny" / "summary.json").read_text())
+        assert summary["steps"] == 6
+        assert summary["teacher_ranks"] == 2
+        changed = "checkpoint.allow_changed=[train.steps]"
+        code, text = shell("launch/submit.sh", name, "run.dir=here", "train.steps=9", changed, env=cluster | files)
+        assert code == 0, text
+        assert "going on from step 6" in text
+        code, text = shell("launch/submit.sh", name, "run.dir=here", "loss.temperature=-1", env=cluster | files)
+        assert code == 1, text
+        assert "loss.temperature" in text
+    finally:
+        inside.unlink()
+
+
+def test_another_token_opens_nothing(cluster: dict[str, str], tmp_path: Path):
+    other = tmp_path / "token"
+    other.write_text("0" * 64)
+    other.chmod(0o600)
+    code, text = shell("launch/submit.sh", "configs/quickstart.yaml", env=cluster | {"RAY_AUTH_TOKEN_PATH": str(other)})
+    assert code != 0
+    assert "submitted successfully" not in text
+
+
+@pytest.mark.parametrize("script", ["ray_head.sh", "ray_worker.sh", "submit.sh", "job.sh"])
+def test_scripts_teach(script: str):
+    code, text = shell(f"launch/{script}", "--help", env={})
+    assert code == 0
+    assert text.startswith(f"usage: bash launch/{script}")
+
+
+def test_a_worker_without_the_token_is_told(tmp_path: Path):
+    env = {"KDSCALE_VENV": sys.prefix, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
+    code, text = shell("launch/ray_worker.sh", "127.0.0.1:1", env=env)
+    assert code == 1
+    assert "holds no token" in text

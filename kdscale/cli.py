@@ -10,6 +10,7 @@ from rich.console import Console
 
 from kdscale import __version__, log, supervise
 from kdscale.config import RunConfig, load_config
+from kdscale.config.anchor import anchored
 from kdscale.config.load import dump_resolved
 from kdscale.credentials import ACCESS_FILE
 from kdscale.errors import ConfigError, KdscaleError
@@ -109,7 +110,8 @@ def record(
 ) -> None:
     """Score the training text once and keep the targets, so that students train without a teacher. Ctrl-C stops; the same
     command goes on."""
-    settings = load_config(config, [*(overrides or []), f"run.name={out.name}"])
+    whence = ["targets.source=live", "targets.recording=null"]
+    settings = load_config(config, [*(overrides or []), *whence, f"run.name={out.name}"])
     _drive("record", settings, str(out), teacher_endpoints)
 
 
@@ -217,6 +219,7 @@ def _allowing(names: str | None) -> list[str]:
 
 def _drive(flow: str, settings: RunConfig, argument: str, teacher_endpoints: Path | None) -> NoReturn:
     """Run a flow of the driver under supervision and exit with its code."""
+    settings = anchored(settings, Path.cwd())
     directory = Path(settings.run.dir) / settings.run.name
     resolved = directory / ("config.yaml" if flow == "train" else f"{flow}.yaml")
     dump_resolved(settings, resolved)

@@ -25,9 +25,9 @@ from kdscale.record import Recorder
 from kdscale.start import (
     Job,
     OwnTeacher,
-    ServedTeacher,
     Slots,
     Stopped,
+    Teacher,
     load_access,
     place,
     start_replicas,
@@ -35,6 +35,7 @@ from kdscale.start import (
     start_teacher,
 )
 from kdscale.stream.joining import RemoteRegistry
+from kdscale.stream.recording import Provenance, require_provenance
 from kdscale.student.service import StudentGroup
 from kdscale.summary import make_summary, measure_models
 
@@ -57,6 +58,9 @@ def train(job: Job, resume: str) -> None:
         teacher.invite(job.directory / ACCESS_FILE, stack)
         identity["corpus"] = corpus_of(config, prepared, job.display.count).fingerprint
         require_resumable(config, checkpoint, identity)
+        if config.targets.recording is not None:
+            wanted = Provenance.of(config, prepared.meaning, identity["corpus"])
+            require_provenance(Path(config.targets.recording), wanted)
         student = config.student
         restarts = Restarts(student.restarts, student.restart_wait_seconds, student.restart_forget_seconds)
         while True:
@@ -82,7 +86,7 @@ def train_students(
     identity: dict[str, Any],
     checkpoint: Checkpoint | None,
     slots: Slots,
-    teacher: OwnTeacher | ServedTeacher,
+    teacher: Teacher,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One life of the student ranks, from ``checkpoint`` to the end; returns rank 0's facts and its report.
 
@@ -154,6 +158,7 @@ def record(job: Job, directory: Path) -> None:
             show(teacher.events(), job.display)
             job.display.count(done, total, "recording row")
 
+        assert teacher.access is not None
         if not recorder.run(teacher.access, tick, job.stop):
             raise Stopped(f"finished shards stay in {directory}")
     job.display.close()
@@ -198,14 +203,14 @@ def leave(job: Job, teacher: OwnTeacher, registry: RemoteRegistry) -> None:
         time.sleep(_POLL_S)
 
 
-def look(job: Job, teacher: OwnTeacher | ServedTeacher) -> None:
+def look(job: Job, teacher: Teacher) -> None:
     """What a wait for parts that start does now and then. Raises: the teacher's fault, Stopped."""
     show(teacher.events(), job.display)
     if job.stop.is_set():
         raise Stopped("while its parts were starting")
 
 
-def ready(job: Job, teacher: OwnTeacher | ServedTeacher, students: StudentGroup | None) -> dict[str, Any]:
+def ready(job: Job, teacher: Teacher, students: StudentGroup | None) -> dict[str, Any]:
     """Wait until the teacher serves and every student rank, if any, is built; returns rank 0's facts. The parts know their
     limits. Raises: KdscaleError, Stopped."""
     facts: dict[str, Any] | None = {} if students is None else None
@@ -218,7 +223,7 @@ def ready(job: Job, teacher: OwnTeacher | ServedTeacher, students: StudentGroup 
     return facts
 
 
-def watch(job: Job, teacher: OwnTeacher | ServedTeacher, students: StudentGroup) -> dict[str, Any]:
+def watch(job: Job, teacher: Teacher, students: StudentGroup) -> dict[str, Any]:
     """Show what happens until every student rank has reported; returns rank 0's report.
 
     Raises:

@@ -113,6 +113,25 @@ class ServedTeacher:
         return []
 
 
+class RecordedTeacher:
+    """No teacher: its targets were recorded, and the students read them."""
+
+    serves = True
+    access = None
+
+    def invite(self, path: Path, stack: ExitStack) -> None:
+        """Nobody can join what is not there."""
+
+    def release(self) -> None:
+        """Nothing to end."""
+
+    def events(self) -> list[dict[str, Any]]:
+        return []
+
+
+Teacher = OwnTeacher | ServedTeacher | RecordedTeacher
+
+
 def load_access(access_file: Path, stream: StreamSection) -> Access:
     """What opens a teacher that is served elsewhere. Raises: StreamError."""
     access = Access.load(access_file)
@@ -127,7 +146,7 @@ def load_access(access_file: Path, stream: StreamSection) -> Access:
 @dataclass(frozen=True)
 class Slots:
     teachers: list[PlacementGroup]
-    """One a replica; none where somebody else serves the teacher."""
+    """One a replica; none where somebody else serves the teacher, or it was recorded."""
     student: PlacementGroup | None
 
 
@@ -139,7 +158,8 @@ def place(job: Job, stack: ExitStack, *, student: bool = True) -> Slots:
             require_memory(needed, "this run (weights, gradients and optimizer of teacher and student)")
     job.display.phase("starting Ray" if job.config.cluster.address is None else "joining the Ray cluster")
     config = job.config
-    teachers = [] if job.teacher_endpoints else [teacher_ask(config.teacher)] * config.teacher.replicas
+    elsewhere = job.teacher_endpoints is not None or config.targets.source == "recording"
+    teachers = [] if elsewhere else [teacher_ask(config.teacher)] * config.teacher.replicas
     students = [student_ask(config.student)] if student else []
     stack.enter_context(cluster(config.cluster, [*teachers, *students], supervise.temp_dir()))
     _stop_on_signals(job.stop)
@@ -157,9 +177,11 @@ def _stop_on_signals(stop: threading.Event) -> None:
     signal.signal(signal.SIGINT, ask)
 
 
-def start_teacher(job: Job, prepared: Prepared, slots: Slots, stack: ExitStack) -> OwnTeacher | ServedTeacher:
+def start_teacher(job: Job, prepared: Prepared, slots: Slots, stack: ExitStack) -> Teacher:
     """Let all replicas load, without waiting for the end of it."""
     config = job.config
+    if config.targets.source == "recording":
+        return RecordedTeacher()
     if job.teacher_endpoints is not None:
         return ServedTeacher(job.teacher_endpoints, config.stream, prepared)
     token = secrets.token_hex(32)

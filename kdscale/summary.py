@@ -24,7 +24,7 @@ def measure_models(
         return {}
     todo = {"student": (student, student_facts["dtype"], config.student)}
     size = sum(path.stat().st_size for path in teacher.glob("*.safetensors"))
-    if size <= config.evaluate.canary_max_gib * 2**30:
+    if report["teacher_stats"] and size <= config.evaluate.canary_max_gib * 2**30:
         todo["teacher"] = (teacher, report["teacher_stats"][0]["dtype"], config.student)
     measured = {}
     for name, (directory, dtype, section) in todo.items():
@@ -49,15 +49,17 @@ def make_summary(
     real = sum(stats["tokens"] for stats in teacher_stats)
     dummy = sum(stats["dummy_tokens"] for stats in teacher_stats)
     soft = config.loss.soft
+    # Targets that were recorded come without a teacher.
+    teacher = teacher_stats[0] if teacher_stats else {}
     summary = {
         "name": config.run.name,
         "steps": report["step"],
         "tokens_trained": totals["tokens"],
         "tokens_per_second": totals["tokens"] / totals["seconds"] if totals["seconds"] else None,
         "epochs": report["step"] / report["steps_per_epoch"],
-        "teacher_parameters": teacher_stats[0]["parameters"],
+        "teacher_parameters": teacher.get("parameters"),
         "teacher_parameters_per_rank": [stats["parameters_held"] for stats in teacher_stats],
-        "teacher_dtype": teacher_stats[0]["dtype"],
+        "teacher_dtype": teacher.get("dtype"),
         "student_parameters": student_facts["parameters"],
         "student_parameters_trained": student_facts["parameters_trained"],
         "student_dtype": student_facts["dtype"],

@@ -4,7 +4,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ from kdscale.spec import TargetSpec
 from kdscale.stream.lines import Line, Lines, Rebuilding, Retry
 from kdscale.stream.protocol import Access, Header, Meaning, call, connect, encode_rows, message
 from kdscale.stream.server import decode_head
+from kdscale.stream.source import Received
 from kdscale.stream.watchdog import Watch, Watchdog
 from kdscale.targets import arrow
 from kdscale.targets.decode import decode
@@ -32,18 +32,6 @@ _SAY_S = 5.0
 _FATAL = {"IdentityError": IdentityError, "PayloadError": PayloadError}
 _WAIT = tenacity.wait_random_exponential(multiplier=0.2, max=5.0)
 _WAIT_REBUILDING = tenacity.wait_random(0.3, 0.7)
-
-
-@dataclass
-class Received:
-    """Bytes and positions that answers held."""
-
-    bytes: int = 0
-    tokens: int = 0
-
-    def add(self, parts: list[pa.RecordBatch]) -> None:
-        self.bytes += sum(part.nbytes for part in parts)
-        self.tokens += sum(part.num_rows for part in parts)
 
 
 class FlightSource:

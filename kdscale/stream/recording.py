@@ -28,6 +28,7 @@ from kdscale.head import Head
 from kdscale.spec import TargetSpec
 from kdscale.stream.protocol import Meaning
 from kdscale.stream.server import decode_head, encode_head
+from kdscale.stream.source import Received
 from kdscale.targets import arrow
 from kdscale.targets.decode import decode
 from kdscale.targets.layout import row_bytes
@@ -127,7 +128,7 @@ class RecordingWriter:
 
 
 class Recording:
-    """The finished shards of a directory. A ``TargetSource`` without a teacher; safe to call from several threads.
+    """The finished shards of a directory. A ``TeacherSource`` without a teacher; safe to call from several threads.
 
     Raises:
         RecordingError: no recording, or a shard that is no Arrow file.
@@ -140,6 +141,8 @@ class Recording:
         require_provenance(directory, expected)
         self._places: dict[tuple[str, bytes], tuple[Path, int]] = {}
         self._readers: dict[Path, pa.RecordBatchFileReader] = {}
+        self.received: dict[str, Received] = {}
+        """What was read, by payload."""
         self.refresh()
 
     def refresh(self) -> None:
@@ -191,6 +194,7 @@ class Recording:
             arrow.check(batch, expected)
             if arrow.checksum(batch, {"key": key.hex()}) != metadata[b"checksum"].decode():
                 raise PayloadError(f"{place[0]}: row {place[1]} does not agree with its checksum; record it again")
+            self.received.setdefault(spec.payload, Received()).add([batch])
             return decode(batch, spec, self._meaning.vocab_size)
         raise CoverageError(
             f"{self._directory} holds {len(self)} rows, and not row {row.ids_RL[0, :8].tolist()}... of batch {row.number} as"

@@ -1,9 +1,25 @@
 """The contract of every source of soft targets, live or recorded."""
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
 
 from kdscale.batch import SoftTargets, TokenBatch
+from kdscale.head import Head
 from kdscale.spec import TargetSpec
+
+
+@dataclass
+class Received:
+    """Bytes and positions that answers held."""
+
+    bytes: int = 0
+    tokens: int = 0
+
+    def add(self, parts: list[pa.RecordBatch]) -> None:
+        self.bytes += sum(part.nbytes for part in parts)
+        self.tokens += sum(part.num_rows for part in parts)
 
 
 class TargetSource(Protocol):
@@ -15,5 +31,23 @@ class TargetSource(Protocol):
         Raises:
             StreamError: no endpoint could serve the request in time.
             IdentityError: the endpoint serves another teacher.
+            CoverageError: the recording lacks a row.
         """
         ...
+
+
+class TeacherSource(TargetSource, Protocol):
+    """A source that stands for a whole teacher."""
+
+    received: dict[str, Received]
+    """What answers amounted to, by payload."""
+
+    def fetch_head(self) -> Head:
+        """The teacher's head (weight, bias, softcap, scale)."""
+        ...
+
+    def teacher_stats(self) -> list[dict[str, Any]]:
+        """Counters of every live rank; empty where no teacher runs."""
+        ...
+
+    def close(self) -> None: ...

@@ -17,6 +17,7 @@ from kdscale.data.loader import Loader
 from kdscale.data.tokenizer import Tokenizer, load_tokenizer
 from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
+from kdscale.engine.attention import attend_by_document
 from kdscale.engine.export import write_model
 from kdscale.engine.models import build_student
 from kdscale.engine.saver import Saver
@@ -29,6 +30,8 @@ from kdscale.head import Head
 from kdscale.metrics import MetricsFile, StepMetrics
 from kdscale.stream.client import FlightSource
 from kdscale.stream.protocol import Access
+from kdscale.stream.recording import Provenance, Recording
+from kdscale.stream.source import TeacherSource
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
 from kdscale.student.module import flatten_batch
 from kdscale.student.resume import WAYS, go_on_from, require_one_environment
@@ -115,14 +118,15 @@ class StudentJob:
             "rss_bytes": psutil.Process().memory_info().rss,
         }
 
-    def run(self, access: Access) -> dict[str, Any]:
+    def run(self, access: Access | None) -> dict[str, Any]:
         """Canary, quality before, training, quality after, export. Raises: any KdscaleError."""
         with self._open_saving() as saving:
             return self._run(access, saving)
 
-    def _run(self, access: Access, saving: Saving) -> dict[str, Any]:
-        config, source = self._config, self._source(access)
+    def _run(self, access: Access | None, saving: Saving) -> dict[str, Any]:
+        config = self._config
         tokenizer, corpus = self._text()
+        source = self._source(access, corpus)
         cut, packing, columns = batch_cut(config), config.data.packing, config.data.row_tokens
         loader = Loader(corpus.train, packing, columns, cut.rows, config.run.seed)
         trainer = Trainer(
@@ -168,10 +172,10 @@ class StudentJob:
         report["totals"] = asdict(replace(outcome.totals, checkpoint_stall_seconds=stall_s))
         return report
 
-    def evaluate(self, access: Access) -> dict[str, Any]:
+    def evaluate(self, access: Access | None) -> dict[str, Any]:
         """Canary and quality of the student as it was built, without training. Raises: any KdscaleError."""
-        source = self._source(access)
         _, corpus = self._text()
+        source = self._source(access, corpus)
         report, held_out = self._check_teacher(self._held_out(corpus)[0], corpus, source)
         if held_out is None:
             raise ConfigError("evaluate.quality = false leaves nothing to evaluate; set it to true")
@@ -180,8 +184,13 @@ class StudentJob:
         source.close()
         return report
 
-    def _source(self, access: Access) -> FlightSource:
-        return FlightSource(access, self._setup.meaning, self._config.stream, who=f"student-{self._rank}")
+    def _source(self, access: Access | None, corpus: Corpus) -> TeacherSource:
+        """The served teacher, or without ``access`` the recorded one."""
+        config, meaning, who = self._config, self._setup.meaning, f"student-{self._rank}"
+        if access is not None:
+            return FlightSource(access, meaning, config.stream, who, by_row=config.run.deterministic)
+        assert config.targets.recording is not None
+        return Recording(Path(config.targets.recording), Provenance.of(config, meaning, corpus.fingerprint))
 
     def _text(self) -> tuple[Tokenizer, Corpus]:
         """Tokenizer and corpus; the driver has tokenized it, so this finds it in the cache."""
@@ -189,7 +198,7 @@ class StudentJob:
         return tokenizer, build_corpus(self._config.data, tokenizer, lambda done, total, what: None)
 
     def _check_teacher(
-        self, row: TokenBatch, corpus: Corpus, source: FlightSource
+        self, row: TokenBatch, corpus: Corpus, source: TeacherSource
     ) -> tuple[dict[str, Any], _HeldOut | None]:
         """The canary on ``row``; meanwhile the teacher scores the held-out text."""
         config = self._config
@@ -221,13 +230,15 @@ class StudentJob:
 
     # ---- checks and measures ----
 
-    def _canary(self, batch: TokenBatch, source: FlightSource, head: Head | None) -> str:
+    def _canary(self, batch: TokenBatch, source: TeacherSource, head: Head | None) -> str:
         """Rank 0 compares served and plain targets; the line for the summary."""
         rows = self._config.evaluate.canary_rows
         if self._rank != 0:
             return ""
         if rows == 0:
             return "not checked: evaluate.canary_rows = 0"
+        if self._config.targets.payload == "sampled" and self._config.targets.source == "recording":
+            return "not checked: samples on disk tell no log-probabilities"
         directory = Path(self._setup.teacher_directory)
         gib = sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 2**30
         if gib > self._config.evaluate.canary_max_gib:
@@ -319,6 +330,9 @@ class StudentJob:
     def _plain_logits(self, directory: Path, row: TokenBatch, vocab_size: int) -> torch.Tensor:
         plain = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype).eval()
         plain.to(self._device)  # type: ignore[arg-type]
+        if self._device.type == "cpu":
+            # The same roundings on both sides: what is compared is the weights, to the last bit.
+            attend_by_document(plain)
         ids, positions, trained = flatten_batch(row, self._device)
         logits = plain(input_ids=ids, position_ids=positions, use_cache=False).logits.flatten(0, 1)[trained]
         return logits.float()[:, :vocab_size]

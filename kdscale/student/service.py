@@ -62,7 +62,7 @@ class StudentGroup:
             )
         return None if left else facts[0]
 
-    def start(self, method: Literal["run", "evaluate"], access: Access) -> None:
+    def start(self, method: Literal["run", "evaluate"], access: Access | None) -> None:
         """Let every rank train, or measure only; the calls are in ``running``."""
         self.running = [getattr(actor, method).remote(access) for actor in self._ranks.actors]
 

@@ -56,12 +56,12 @@ class StudentRank:
         )
         return self._job.facts()
 
-    def run(self, access: Access) -> dict[str, Any]:
+    def run(self, access: Access | None) -> dict[str, Any]:
         """Everything from the canary to the export; returns the rank's report."""
         assert self._job is not None
         return self._job.run(access)
 
-    def evaluate(self, access: Access) -> dict[str, Any]:
+    def evaluate(self, access: Access | None) -> dict[str, Any]:
         """Canary and quality of the student as built."""
         assert self._job is not None
         return self._job.evaluate(access)

@@ -42,8 +42,7 @@ def test_whole_pipeline_run(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["student_ranks"] == 2
     assert summary["canary"].startswith("ok: ")
-    # Attention by tiles here, by plain transformers there: some bfloat16 roundings.
-    assert summary["export_max_logit_difference"] < 0.1
+    assert summary["export_max_logit_difference"] < 1e-4
     assert summary["kl_after"] < summary["kl_before"]
     metrics = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert all(row["coverage"] == 1.0 and row["kl"] > 0 and row["gradient_norm"] > 0 for row in metrics)

@@ -1,0 +1,28 @@
+"""Relative paths of a config made absolute: a rank may start in another directory than the command."""
+
+from pathlib import Path
+
+from kdscale.config.schema import RunConfig
+
+_MADE = {("run", "dir"), ("data", "cache_dir")}
+"""Made where they are missing; the others may also be names of a hub, so that only what exists is taken for a path."""
+_FOUND = {("data", "tokenizer"), ("teacher", "model"), ("student", "model"), ("targets", "recording")}
+_LISTED = {("data", "train"), ("data", "heldout")}
+
+
+def anchored(config: RunConfig, base: Path) -> RunConfig:
+    """``config`` with its relative paths (globs included) starting from ``base``, an absolute directory."""
+
+    def at_base(value: str, *, made: bool = False) -> str:
+        path = base / value
+        return (
+            str(path) if made or path.exists() or (not Path(value).is_absolute() and any(base.glob(value))) else value
+        )
+
+    fields = config.model_dump()
+    for section, name in _MADE | _FOUND:
+        if (value := fields[section][name]) is not None:
+            fields[section][name] = at_base(value, made=(section, name) in _MADE)
+    for section, name in _LISTED:
+        fields[section][name] = [at_base(value) for value in fields[section][name]]
+    return RunConfig.model_validate(fields)

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Start the head of a Ray cluster on this node, locked by a token.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: bash launch/ray_head.sh [--stop]
+
+Starts a Ray head that takes only who knows its token. The token lies in a file of mode 0600, made before Ray starts: copy it
+to the other nodes (launch/ray_worker.sh) and to where jobs are submitted from (launch/submit.sh). The dashboard, which
+takes the jobs, listens on loopback: reach it from elsewhere through ssh -L 8265:127.0.0.1:8265 HEAD.
+
+  --stop   stop the Ray processes of this node that this script, or launch/ray_worker.sh, has started
+
+environment:
+  KDSCALE_VENV          environment of launch/install.sh             (default: .venv)
+  KDSCALE_NODE_ADDRESS  address of this node, known to the others    (default: 127.0.0.1: no other node can join)
+  KDSCALE_RAY_PORT      port of the head                             (default: 6379)
+  KDSCALE_CPUS          logical CPUs of this node                    (default: its cores)
+  KDSCALE_GPUS          GPUs of this node                            (default: what Ray finds)
+  KDSCALE_RAY_TEMP      directory of Ray's sockets and logs          (default: /tmp/kdscale-ray)
+  RAY_AUTH_TOKEN_PATH   the token's file                             (default: ~/.ray/auth_token)
+TEXT
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/ray_node.bash
+case "${1:-}" in
+  "") ;;
+  --stop) stop_node; exit 0 ;;
+  --help | -h) usage; exit 0 ;;
+  *) usage >&2; exit 2 ;;
+esac
+
+make_token
+start_node --head --port "${KDSCALE_RAY_PORT:-6379}" --dashboard-host 127.0.0.1 --dashboard-port 8265
+# The agent that takes jobs comes up some seconds after the head.
+for _ in {1..30}; do
+  if ray job submit --address http://127.0.0.1:8265 -- true >"$ray_temp/first-job.log" 2>&1; then
+    ready=yes
+    break
+  fi
+  sleep 2
+done
+[[ -n "${ready:-}" ]] || { echo "the head takes no jobs; see $ray_temp/first-job.log" >&2; exit 1; }
+echo "the head listens at $node_address:${KDSCALE_RAY_PORT:-6379}; its token is in $RAY_AUTH_TOKEN_PATH"
+echo "next: bash launch/submit.sh configs/quickstart.yaml"

@@ -1,0 +1,38 @@
+# What launch/ray_head.sh and launch/ray_worker.sh share; sourced by them.
+
+bin="$(cd "${KDSCALE_VENV:-.venv}" && pwd)/bin"
+export PATH="$bin:$PATH"
+export RAY_AUTH_MODE=token
+export RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
+export RAY_USAGE_STATS_ENABLED=0
+# `ray job stop` is SIGTERM, then SIGKILL: a run saves its checkpoint in between.
+export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-30}"
+ray_temp="${KDSCALE_RAY_TEMP:-/tmp/kdscale-ray}"
+node_address="${KDSCALE_NODE_ADDRESS:-}"
+
+# A token file that only this user can read, before anything listens.
+make_token() {
+  mkdir -p "$(dirname "$RAY_AUTH_TOKEN_PATH")"
+  if [[ ! -s "$RAY_AUTH_TOKEN_PATH" ]]; then
+    (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH")
+  fi
+  chmod 600 "$RAY_AUTH_TOKEN_PATH"
+}
+
+start_node() {
+  local options=(--disable-usage-stats --temp-dir "$ray_temp")
+  if [[ " $* " == *" --head "* ]]; then
+    node_address="${node_address:-127.0.0.1}"
+  else
+    options=(--disable-usage-stats)
+  fi
+  [[ -z "$node_address" ]] || options+=(--node-ip-address "$node_address")
+  [[ -z "${KDSCALE_CPUS:-}" ]] || options+=(--num-cpus "$KDSCALE_CPUS")
+  [[ -z "${KDSCALE_GPUS:-}" ]] || options+=(--num-gpus "$KDSCALE_GPUS")
+  # Nothing of a run's travels through the object store.
+  ray start "${options[@]}" --object-store-memory 134217728 "$@" >/dev/null
+}
+
+stop_node() {
+  ray stop --grace-period 10 >/dev/null
+}

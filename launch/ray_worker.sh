@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Join this node to a Ray cluster that launch/ray_head.sh has started.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: bash launch/ray_worker.sh HEAD:PORT | --stop
+
+Joins this node to the head at HEAD:PORT. The head's token must lie in this node's token file (mode 0600) before.
+
+  --stop   stop the Ray processes of this node
+
+environment:
+  KDSCALE_VENV          environment of launch/install.sh             (default: .venv)
+  KDSCALE_NODE_ADDRESS  address of this node, known to the others    (default: Ray's choice)
+  KDSCALE_CPUS          logical CPUs of this node                    (default: its cores)
+  KDSCALE_GPUS          GPUs of this node                            (default: what Ray finds)
+  KDSCALE_RAY_TEMP      directory of Ray's sockets and logs          (default: /tmp/kdscale-ray)
+  RAY_AUTH_TOKEN_PATH   the token's file                             (default: ~/.ray/auth_token)
+TEXT
+}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/ray_node.bash
+case "${1:-}" in
+  --stop) stop_node; exit 0 ;;
+  --help | -h) usage; exit 0 ;;
+  *:*) head="$1" ;;
+  *) usage >&2; exit 2 ;;
+esac
+
+if [[ ! -s "$RAY_AUTH_TOKEN_PATH" ]]; then
+  echo "$RAY_AUTH_TOKEN_PATH holds no token; copy the head's file there, readable by you alone" >&2
+  exit 1
+fi
+start_node --address "$head"
+echo "this node has joined the cluster of $head"

@@ -1,0 +1,1 @@
+"""Every way of distilling, end to end."""

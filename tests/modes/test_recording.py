@@ -1,0 +1,61 @@
+"""A corpus scored once, and students that learn from the record."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.runs import assert_nothing_left, run, start, wait_for_file, write_config
+
+pytestmark = pytest.mark.slow
+
+
+def losses(directory: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_recording_teaches_as_its_teacher_does(tmp_path: Path, teacher_dir: Path, text_dir: Path):
+    """Killed and gone on with it equals one made at once; training from it equals live training, bit for bit."""
+    config = write_config(tmp_path, teacher_dir, text_dir, run={"deterministic": True}, train={"steps": 24})
+    log, runs = tmp_path / "log", tmp_path / "runs"
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run("record", str(config), str(whole), log=log) == 0, log.read_text()
+
+    process = start("record", str(config), str(halves), log=log)
+    wait_for_file(halves / "PROVENANCE.json", process, log)
+    process.kill()
+    process.wait()
+    assert_nothing_left(within_s=15)
+    assert not (halves / "MANIFEST.json").exists()
+    assert run("record", str(config), str(halves), log=log) == 0, log.read_text()
+    files = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert {path.name: path.read_bytes() for path in halves.iterdir()} == files
+    assert set(files) == {
+        *("PROVENANCE.json", "MANIFEST.json", "head.arrow", "train-00000.arrow", "heldout-00000.arrow")
+    }
+
+    assert run("train", str(config), "run.name=live", log=log) == 0, log.read_text()
+    recorded = [f"targets.recording={halves}", "targets.source=recording"]
+    assert run("train", str(config), "run.name=recorded", *recorded, log=log) == 0, log.read_text()
+    assert losses(runs / "recorded") == losses(runs / "live")
+    live, without = (json.loads((runs / name / "summary.json").read_text()) for name in ("live", "recorded"))
+    assert live["epochs"] > 1, "rows come again in another order"
+    for key in ("kl_before", "kl_after", "perplexity_teacher", "bytes_per_token"):
+        assert without[key] == live[key], key
+    assert without["teacher_ranks"] == 0
+    assert without["canary"].startswith("ok")
+    assert_nothing_left()
+
+
+def test_what_was_recorded_otherwise_is_refused(tmp_path: Path, teacher_dir: Path, text_dir: Path):
+    config = write_config(tmp_path, teacher_dir, text_dir, evaluate={"quality": False})
+    log, out = tmp_path / "log", tmp_path / "out"
+    assert run("record", str(config), str(out), log=log) == 0, log.read_text()
+    recorded = [f"targets.recording={out}", "targets.source=recording"]
+    assert run("train", str(config), *recorded, "loss.temperature=2", "data.row_tokens=40", log=log) == 1
+    assert "is a recording of something else: rows: recorded 'isolated 48', now 'isolated 40'" in log.read_text()
+    assert "targets.temperature: recorded 1.0, now 2.0" in log.read_text()
+    assert run("train", str(config), *recorded, "data.heldout_tokens=96", log=log) == 0, log.read_text()
+    assert run("train", str(config), *recorded, "evaluate.quality=true", "run.name=other", log=log) == 1
+    assert "CoverageError" in log.read_text(), "held-out rows were not recorded"
+    assert_nothing_left()

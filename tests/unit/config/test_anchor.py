@@ -1,0 +1,32 @@
+from pathlib import Path
+
+from kdscale.config import RunConfig
+from kdscale.config.anchor import anchored
+
+
+def test_paths_start_from_the_base_and_hub_names_stay(tmp_path: Path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").touch()
+    (tmp_path / "models" / "teacher").mkdir(parents=True)
+    config = RunConfig.model_validate(
+        {
+            "run": {"dir": "runs"},
+            "data": {
+                "train": ["text/*.jsonl", "someone/dataset", "/elsewhere/b.txt"],
+                "heldout": ["text/a.jsonl"],
+                "cache_dir": "/cache",
+                "tokenizer": "org/tokenizer",
+            },
+            "teacher": {"model": "models/teacher"},
+            "student": {"init": "model", "model": "org/student"},
+        }
+    )
+    found = anchored(config, tmp_path)
+    assert found.run.dir == str(tmp_path / "runs")
+    assert found.data.train == [str(tmp_path / "text/*.jsonl"), "someone/dataset", "/elsewhere/b.txt"]
+    assert found.data.heldout == [str(tmp_path / "text/a.jsonl")]
+    assert found.data.cache_dir == "/cache"
+    assert found.data.tokenizer == "org/tokenizer"
+    assert found.teacher.model == str(tmp_path / "models/teacher")
+    assert found.student.model == "org/student"
+    assert anchored(found, Path("/other")) == found, "once is enough"

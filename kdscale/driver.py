@@ -93,8 +93,8 @@ def train_students(
     Raises: StudentError when they are lost; KdscaleError, Stopped.
     """
     with ExitStack() as stack:
-        students = start_students(job, prepared, identity, checkpoint, slots, stack, partial(look, job, teacher))
         try:
+            students = start_students(job, prepared, identity, checkpoint, slots, stack, partial(look, job, teacher))
             facts = ready(job, teacher, students)
             students.start("run", teacher.access)
             return facts, watch(job, teacher, students)

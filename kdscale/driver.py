@@ -93,10 +93,15 @@ def train_students(
     Raises: StudentError when they are lost; KdscaleError, Stopped.
     """
     with ExitStack() as stack:
-        students = start_students(job, prepared, identity, checkpoint, slots, stack, partial(look, job, teacher))
-        facts = ready(job, teacher, students)
-        students.start("run", teacher.access)
-        return facts, watch(job, teacher, students)
+        try:
+            students = start_students(job, prepared, identity, checkpoint, slots, stack, partial(look, job, teacher))
+            facts = ready(job, teacher, students)
+            students.start("run", teacher.access)
+            return facts, watch(job, teacher, students)
+        except StudentError as fault:
+            # Said before what is left of the group is killed, which takes its time.
+            _LOG.warning("the student is lost: %s", fault)
+            raise
 
 
 def back_off(job: Job, fault: StudentError, restarts: Restarts, lived_s: float) -> None:
@@ -105,7 +110,6 @@ def back_off(job: Job, fault: StudentError, restarts: Restarts, lived_s: float) 
         raise Stopped(f"and the student was lost: {fault}")
     if not restarts.spend(lived_s):
         raise StudentError(f"{fault}; no restart is left (student.restarts = {restarts.allowed})")
-    _LOG.warning("the student is lost: %s", fault)
     job.display.phase(f"starting the student again from its newest checkpoint ({restarts}) after {restarts.wait_s:g} s")
     if job.stop.wait(restarts.wait_s):
         raise Stopped("before the student was started again")

@@ -133,11 +133,26 @@ class RankGroup:
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
         # Ray waits 5 s for the answer of a process that is stopped.
-        _, left = psutil.wait_procs(self._on_this_node, timeout=_LEAVE_S)
+        left = _wait_gone(self._on_this_node, _LEAVE_S)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=_GONE_S)
+        _wait_gone(left, _GONE_S)
+
+
+def _wait_gone(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that still live after ``timeout_s``. One that Ray has not reaped yet is dead all the same."""
+    deadline = time.monotonic() + timeout_s
+    while (left := [one for one in processes if _lives(one)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Heartbeats:

@@ -110,8 +110,7 @@ def test_teacher_rank_is_lost_mid_stream(running: Running, fault: str):
     [
         (signal.SIGKILL, NOTICE_S),
         (signal.SIGSEGV, NOTICE_S),
-        # It is said when what is left has been killed.
-        (signal.SIGSTOP, STUDENT_HEARTBEAT_S + NOTICE_S),
+        (signal.SIGSTOP, STUDENT_HEARTBEAT_S + SLACK_S),
     ],
     ids=["SIGKILL", "SIGSEGV", "SIGSTOP"],
 )
@@ -119,8 +118,9 @@ def test_student_rank_is_lost(running: Running, number: signal.Signals, within_s
     wait_for_step(running.directory, 25, running.process, running.log)
     (rank,) = ranks_of("StudentRank")
     rank.send_signal(number)
-    running.await_words("starting the student again from its newest checkpoint", within_s)
+    running.await_words("the student is lost", within_s)
     assert not psutil.wait_procs([rank], timeout=10)[1]
+    running.await_words("starting the student again from its newest checkpoint", START_S)
     wait_for_progress(running.directory, running.process, running.log)
 
 

@@ -1,7 +1,6 @@
 """A run from config to summary: place, start teacher and student, watch, stop."""
 
 import json
-import secrets
 import sys
 import threading
 import time
@@ -19,30 +18,23 @@ from kdscale.credentials import ACCESS_FILE
 from kdscale.display import Display
 from kdscale.engine.checkpoint import Checkpoint, find
 from kdscale.errors import KdscaleError, StudentError
-from kdscale.metrics import StepMetrics
 from kdscale.prepare import Prepared, corpus_of, prepare, require_resumable, run_identity
-from kdscale.record import Recorder
+from kdscale.serve import join, record, serve
 from kdscale.start import (
     Job,
-    OwnTeacher,
     Slots,
     Stopped,
     Teacher,
-    load_access,
     place,
-    start_replicas,
     start_students,
     start_teacher,
 )
-from kdscale.stream.joining import RemoteRegistry
 from kdscale.stream.recording import Provenance, require_provenance
 from kdscale.student.service import StudentGroup
 from kdscale.summary import make_summary, measure_models
+from kdscale.waits import POLL_S, look, ready, show
 
 _LOG = log.get("kdscale.driver")  # which runs as __main__
-_POLL_S = 0.25
-_LEAVING_S = 2.5
-_TEARDOWN_S = 3.0
 
 
 def train(job: Job, resume: str) -> None:
@@ -135,98 +127,6 @@ def evaluate(job: Job, resume: str) -> None:
     print(json.dumps(report, indent=1))
 
 
-def serve(job: Job, endpoints_file: Path) -> None:
-    """Serve the teacher for runs elsewhere until asked to stop. Raises: KdscaleError, Stopped."""
-    prepared = prepare(job.config)
-    with ExitStack() as stack:
-        teacher = start_teacher(job, prepared, place(job, stack, student=False), stack)
-        ready(job, teacher, None)
-        assert isinstance(teacher, OwnTeacher)
-        teacher.invite(endpoints_file, stack)
-        job.display.phase(f"serving; runs elsewhere use --teacher-endpoints {endpoints_file} (Ctrl-C ends)")
-        while not job.stop.wait(_POLL_S):
-            show(teacher.events(), job.display)
-    raise Stopped("the teacher was asked to")
-
-
-def record(job: Job, directory: Path) -> None:
-    """Score the training text once and leave the targets in ``directory``. Raises: KdscaleError, Stopped."""
-    prepared = prepare(job.config)
-    with ExitStack() as stack:
-        teacher = start_teacher(job, prepared, place(job, stack, student=False), stack)
-        corpus = corpus_of(job.config, prepared, job.display.count)
-        recorder = Recorder(job.config, prepared.meaning, corpus, directory)
-        ready(job, teacher, None)
-
-        def tick(done: int, total: int) -> None:
-            show(teacher.events(), job.display)
-            job.display.count(done, total, "recording row")
-
-        assert teacher.access is not None
-        if not recorder.run(teacher.access, tick, job.stop):
-            raise Stopped(f"finished shards stay in {directory}")
-    job.display.close()
-    print(directory)
-
-
-def join(job: Job, access_file: Path) -> None:
-    """Serve replicas of the teacher to the run that ``access_file`` opens, until it ends or we are asked to leave.
-
-    Raises: KdscaleError, Stopped.
-    """
-    access = load_access(access_file, job.config.stream)
-    prepared = prepare(job.config)
-    with ExitStack() as stack:
-        # Before anything is started: whether the run is there, and wants a teacher of this meaning.
-        registry = RemoteRegistry(access, prepared.meaning)
-        stack.callback(registry.close)
-        slots = place(job, stack, student=False)
-        teacher = start_replicas(job, prepared, slots, registry, access, f"joined-{secrets.token_hex(4)}", stack)
-        ready(job, teacher, None)
-        job.display.phase(f"serving the run whose directory is {access.directory} (Ctrl-C leaves it)")
-        while not job.stop.wait(_POLL_S):
-            show(teacher.events(), job.display)
-            if registry.fault is not None and access_file.exists():
-                raise registry.fault
-            if not access_file.exists():
-                job.display.phase("the run has ended")
-                return
-        leave(job, teacher, registry)
-    raise Stopped("the teacher has left the run")
-
-
-def leave(job: Job, teacher: OwnTeacher, registry: RemoteRegistry) -> None:
-    """Take no further request, and finish those in hand within the grace."""
-    job.display.phase("leaving the run after the requests in hand")
-    registry.leave()
-    # A student may use what it knew of the directory until it asks again, and a heartbeat is as old as its period.
-    until = time.monotonic() + _LEAVING_S
-    deadline = time.monotonic() + job.config.cluster.grace_seconds - _TEARDOWN_S
-    while time.monotonic() < until or (not teacher.idle() and time.monotonic() < deadline):
-        show(teacher.events(), job.display)
-        time.sleep(_POLL_S)
-
-
-def look(job: Job, teacher: Teacher) -> None:
-    """What a wait for parts that start does now and then. Raises: the teacher's fault, Stopped."""
-    show(teacher.events(), job.display)
-    if job.stop.is_set():
-        raise Stopped("while its parts were starting")
-
-
-def ready(job: Job, teacher: Teacher, students: StudentGroup | None) -> dict[str, Any]:
-    """Wait until the teacher serves and every student rank, if any, is built; returns rank 0's facts. The parts know their
-    limits. Raises: KdscaleError, Stopped."""
-    facts: dict[str, Any] | None = {} if students is None else None
-    while facts is None or not teacher.serves:
-        look(job, teacher)
-        if students is not None:
-            show(students.events(), job.display)
-            facts = students.built()
-        job.stop.wait(_POLL_S)
-    return facts
-
-
 def watch(job: Job, teacher: Teacher, students: StudentGroup) -> dict[str, Any]:
     """Show what happens until every student rank has reported; returns rank 0's report.
 
@@ -240,7 +140,7 @@ def watch(job: Job, teacher: Teacher, students: StudentGroup) -> dict[str, Any]:
     deadline: float | None = None
     while len(reports) < len(students.running):
         pending = [call for call in students.running if call not in reports]
-        ended, _ = ray.wait(pending, timeout=_POLL_S)
+        ended, _ = ray.wait(pending, timeout=POLL_S)
         events = [*teacher.events(), *students.events()]
         show(events, job.display)
         for call in ended:
@@ -258,17 +158,6 @@ def watch(job: Job, teacher: Teacher, students: StudentGroup) -> dict[str, Any]:
     if report.get("stopped"):
         raise Stopped(f"saved at step {report['step']}")
     return report
-
-
-def show(events: list[dict[str, Any]], display: Display) -> None:
-    for event in events:
-        match event["kind"]:
-            case "step":
-                display.step(StepMetrics(**event["metrics"]))
-            case "phase" | "leaving":
-                display.phase(event["phase"])
-            case "checkpoint":
-                display.phase(event["text"])
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:

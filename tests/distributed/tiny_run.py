@@ -163,7 +163,7 @@ def make_student(case: Case, seed: int) -> transformers.PreTrainedModel:
 
 
 class Saves(Saving):
-    """Saves at the steps that the case names, beside the training, and stops where it says."""
+    """Saves at the steps that the case names, and stops where it says."""
 
     def __init__(self, run: "TinyRun", root: Path | None) -> None:
         self._run, self._root = run, root
@@ -173,17 +173,12 @@ class Saves(Saving):
         return Signals(stop=int(self._run.start + len(self._run.rows) == self._run.case.until))
 
     def after_step(self, done: int, heard: Signals, totals: Totals, *, last: bool) -> None:
-        self.settle()
-        if (
-            self._real is not None
-            and self._root is not None
-            and done in (*self._run.case.save_at, self._run.case.until)
-        ):
-            self._run.begin_save(self._real, self._root, done)
-
-    def settle(self, limit_s: float = 0.0) -> None:
-        if self._real is not None and (outcome := self._real.wait()) is not None:
-            assert outcome.fault == "", outcome
+        if self._real is None or self._root is None or done not in (*self._run.case.save_at, self._run.case.until):
+            return
+        self._run.begin_save(self._real, self._root, done)
+        outcome = self._real.wait()
+        assert outcome is not None
+        assert outcome.fault == "", outcome
 
     def take_stall_seconds(self) -> float:
         return 0.0
@@ -238,14 +233,14 @@ class TinyRun:
             steps.append({name: value for name, value in metrics.as_dict().items() if name not in TIMES})
 
         loader = make_rows(self._config.run.seed)
-        saves = Saves(self, root)
-        trainer = Trainer(self._config, loader, cut, self._topology, self._rank, step, emit=keep, saving=saves)
+        trainer = Trainer(
+            self._config, loader, cut, self._topology, self._rank, step, emit=keep, saving=Saves(self, root)
+        )
         holds = self._topology.holds_loss(self._rank)
         prefetcher = trainer.prefetch(self.start, LocalTeacher()) if holds and self.case.soft else None
         trainer.run(self.start, Totals(), prefetcher)
         if prefetcher is not None:
             prefetcher.close()
-        saves.settle()
         return steps
 
     def saver(self, root: Path) -> Saver:

@@ -20,6 +20,8 @@ LAYERS = [
     {"teacher", "student"},
     {"prepare", "supervise", "display", "estimate"},
     {"summary", "start", "record"},
+    {"waits"},
+    {"serve"},
     {"driver"},
     {"show", "doctor", "offline", "probe"},
     {"cli"},

@@ -134,6 +134,13 @@ class RunConfig(Section):
             raise ValueError(f"deepspeed.zero_optimization.stage = {stage!r}: DeepSpeed knows 0, 1, 2 and 3")
         if parallel.pipeline > 1:
             self._pipeline(parallel.pipeline, stage)
+        if parallel.split == "time" and (self.run.deterministic or parallel.pipeline == 1):
+            why = (
+                "run.deterministic = true, and measured times differ"
+                if self.run.deterministic
+                else "there is one stage"
+            )
+            raise ValueError(f"student.parallel.split = time: {why}; use student.parallel.split: parameters")
         unit = self.train.micro_rows * parallel.data
         if self.train.batch_rows % unit:
             raise ValueError(

@@ -107,7 +107,10 @@ class TeacherSection(Section):
 
 class ParallelSection(Section):
     pipeline: int = Field(1, ge=1)
-    """Pipeline stages; the layers are dealt out by their trained parameters (ZeRO 0 or 1, listed model families)."""
+    """Pipeline stages (ZeRO 0 or 1, listed model families)."""
+    split: Literal["parameters", "time"] = "parameters"
+    """How layers are dealt out to the stages: by their trained parameters, or by the time rank 0 measures at the start (a frozen
+    layer takes time too). Times differ from start to start, so that a resumed run may be cut elsewhere."""
     data: int = Field(1, ge=1)
     """Data-parallel ranks."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import nn
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from kdscale.engine.capture import install
 from kdscale.engine.families import Activations, in_sequence
+from kdscale.engine.stages import Sample, balanced, measured_seconds
 from kdscale.errors import ModelError
 from kdscale.topology import Topology
 
@@ -44,6 +46,22 @@ class _ReadyTied(TiedLayerSpec):
         return self._module
 
 
+class _Module(PipelineModule):
+    """Cut at ``bounds``; by trained parameters without them."""
+
+    def __init__(self, specs: list[LayerSpec], stages: int, bounds: list[int] | None) -> None:
+        self._bounds = bounds
+        super().__init__(specs, num_stages=stages, loss_fn=None, partition_method="parameters")
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        if self._bounds is None:
+            super()._partition_layers(method)
+            return
+        self.parts = self._bounds
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+
 class Pipeline:
     """This rank's stage of ``model``, with its engine.
 
@@ -55,8 +73,15 @@ class Pipeline:
     """
 
     def __init__(
-        self, model: PreTrainedModel, head: nn.Module, head_weight: str, settings: dict[str, Any], topology: Topology
+        self,
+        model: PreTrainedModel,
+        head: nn.Module,
+        head_weight: str,
+        settings: dict[str, Any],
+        topology: Topology,
+        sample: Sample | None = None,
     ) -> None:
+        """``sample``: cut by what the modules are measured to take on it, instead of by their trained parameters."""
         self._topology = topology
         modules = [*in_sequence(model), head]
         weight = head.get_parameter(head_weight)
@@ -67,9 +92,13 @@ class Pipeline:
             # Of a tied module, DeepSpeed leaves every parameter on the later stage out of the gradient's norm, so the head is
             # one of its own, without the last norm.
             specs[0], specs[-1] = _ReadyTied(modules[0], "tokens.weight"), _ReadyTied(head, head_weight)
+        cut = None
+        if sample is not None:
+            device = torch.device(get_accelerator().current_device_name())
+            cut = balanced(measured_seconds(modules, sample, device), topology.pipeline)
         # It prints the partition, from rank 0.
         with redirect_stdout(io.StringIO()):
-            module = PipelineModule(specs, num_stages=topology.pipeline, loss_fn=None, partition_method="parameters")
+            module = _Module(specs, topology.pipeline, cut)
         bounds: list[int] = module.parts
         stages = [modules[start:stop] for start, stop in pairwise(bounds)]
         _require_work(stages)
@@ -141,6 +170,6 @@ def _require_work(stages: list[list[nn.Module]]) -> None:
             sizes = [len(stage) for stage in stages]
             raise ModelError(
                 f"student.parallel.pipeline = {len(stages)}: stage {number} would have nothing to train (embedding, layers,"
-                f" norm and head are dealt out as {sizes}, by trained parameters); use fewer stages, more layers, or"
+                f" norm and head are dealt out as {sizes}, by trained parameters or time); use fewer stages, more layers, or"
                 " freeze less"
             )

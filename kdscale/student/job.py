@@ -99,7 +99,9 @@ class StudentJob:
         settings = student_settings(config, self._dtype_name)
         if self._topology.pipeline == 1:
             return DataParallelStudent(model, vocab_size, chunk_bytes, settings, self._rank)
-        return PipelineStudent(model, vocab_size, chunk_bytes, settings, self._topology, self._rank)
+        by_time = config.student.parallel.split == "time"
+        shape = (config.train.micro_rows, config.data.row_tokens) if by_time else None
+        return PipelineStudent(model, vocab_size, chunk_bytes, settings, self._topology, self._rank, shape)
 
     @property
     def _dtype_name(self) -> str:

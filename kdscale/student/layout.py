@@ -13,10 +13,13 @@ from kdscale.engine.models import head_of
 from kdscale.engine.partition import Partition
 from kdscale.engine.pipeline import Pipeline
 from kdscale.engine.sharding import gathered
+from kdscale.engine.stages import Sample
 from kdscale.engine.training import Engine, training_engine
 from kdscale.head import Head
+from kdscale.losses.divergence import Divergence
+from kdscale.losses.objective import Objective
 from kdscale.student.module import HeadWithLoss, StudentModule, flatten_batch
-from kdscale.student.pipeline_step import PipelineHead, PipelineStep
+from kdscale.student.pipeline_step import Lesson, PipelineHead, PipelineStep
 from kdscale.student.step import DataParallelStep, Step
 from kdscale.topology import BatchCut, Topology
 
@@ -89,14 +92,31 @@ class PipelineStudent:
         settings: dict[str, Any],
         topology: Topology,
         rank: int,
+        sample_shape: tuple[int, int] | None = None,
     ) -> None:
+        """``sample_shape``: rows and columns of a micro-batch, to cut the model by the time its parts take on one; none cuts
+        it by trained parameters."""
         self.model, self._topology, self._rank = model, topology, rank
         self.head = HeadWithLoss(*head_of(model, vocab_size), chunk_bytes)
         model.set_output_embeddings(self.head)
         self._last = PipelineHead(self.head)
-        self._pipeline = Pipeline(model, self._last, PipelineHead.WEIGHT, settings, topology)
+        sample = None if sample_shape is None else self._sample(*sample_shape)
+        self._pipeline = Pipeline(model, self._last, PipelineHead.WEIGHT, settings, topology, sample)
+        self._last.take_sums(self._pipeline.engine.device)
         self.engine = self._pipeline.engine
         self.partition = Partition(self.engine, self._pipeline.parameters)
+
+    def _sample(self, rows: int, columns: int) -> Sample:
+        """Whole rows of one document, trained on their labels."""
+        ids_RL = torch.zeros(rows, columns, dtype=torch.long)
+        objective = Objective(Divergence("forward_kl"), hard_weight=1.0)
+
+        def before_head() -> None:
+            device = self.head.weight.device
+            lesson = Lesson(torch.zeros(rows * columns, dtype=torch.int32, device=device), objective, None, 1.0)
+            self._last.expect(torch.arange(rows * columns, device=device), lesson)
+
+        return Sample((ids_RL, torch.arange(columns).repeat(rows, 1)), before_head)
 
     def step(self, cut: BatchCut) -> Step:
         return PipelineStep(self._pipeline, self._last, cut, self._topology, self._rank)

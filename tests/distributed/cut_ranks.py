@@ -73,7 +73,8 @@ def gradient(case: dict[str, Any], rank: int, world: int) -> dict[str, np.ndarra
     vocab_size, chunk_bytes = PADDED_VOCAB - 9, 4 * PADDED_VOCAB * 3
     student: DataParallelStudent | PipelineStudent
     if topology.pipeline > 1:
-        student = PipelineStudent(model, vocab_size, chunk_bytes, settings, topology, rank)
+        shape = (case["micro_rows"], step_batch(vocab_size)[0].ids_RL.shape[1]) if case["by_time"] else None
+        student = PipelineStudent(model, vocab_size, chunk_bytes, settings, topology, rank, shape)
     else:
         student = DataParallelStudent(model, vocab_size, chunk_bytes, settings, rank)
     batch, targets = step_batch(vocab_size)

@@ -38,7 +38,7 @@ def reference(*, untied: bool) -> dict[str, np.ndarray]:
 
 def one_case(world: int, stage: int, micro_rows: int, **others: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {"stage": stage, "micro_rows": micro_rows, "pipeline": 1, "untied": False}
-    fields |= {"clip": 0.0, "recompute": False, "frozen": "", "dtype": "float32"} | others
+    fields |= {"clip": 0.0, "recompute": False, "frozen": "", "dtype": "float32", "by_time": False} | others
     return fields | {"name": "-".join([f"{world}", *(f"{key}={value}" for key, value in fields.items())])}
 
 
@@ -60,6 +60,7 @@ def cases(world: int) -> list[dict[str, Any]]:
     ]
     if world > 1:
         found.append(one_case(world, 1, 2, pipeline=2, recompute=True))
+        found += [one_case(world, 1, 2, pipeline=2, untied=untied, by_time=True) for untied in (False, True)]
     if world == 4:
         found.append(one_case(world, 1, 4, pipeline=4))
     return found

@@ -221,7 +221,8 @@ def _drive(flow: str, settings: RunConfig, argument: str, teacher_endpoints: Pat
     """Run a flow of the driver under supervision and exit with its code."""
     settings = anchored(settings, Path.cwd())
     directory = Path(settings.run.dir) / settings.run.name
-    resolved = directory / ("config.yaml" if flow == "train" else f"{flow}.yaml")
+    # The run's config.yaml is written by its driver, once it is clear that this run may go on in the directory.
+    resolved = directory / f".{flow}.yaml"
     dump_resolved(settings, resolved)
     command = [sys.executable, "-m", "kdscale.driver", flow, str(resolved), argument]
     if teacher_endpoints is not None:

@@ -13,7 +13,7 @@ import ray
 
 from kdscale import log, supervise
 from kdscale.cluster.restarts import Restarts
-from kdscale.config.load import load_resolved
+from kdscale.config.load import dump_resolved, load_resolved
 from kdscale.credentials import ACCESS_FILE
 from kdscale.display import Display
 from kdscale.engine.checkpoint import Checkpoint, find
@@ -50,6 +50,7 @@ def train(job: Job, resume: str) -> None:
         teacher.invite(job.directory / ACCESS_FILE, stack)
         identity["corpus"] = corpus_of(config, prepared, job.display.count).fingerprint
         require_resumable(config, checkpoint, identity)
+        dump_resolved(config, job.directory / "config.yaml")
         if config.targets.recording is not None:
             wanted = Provenance.of(config, prepared.meaning, identity["corpus"])
             require_provenance(Path(config.targets.recording), wanted)

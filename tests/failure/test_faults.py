@@ -140,8 +140,10 @@ def test_another_configuration_does_not_go_on_from_a_checkpoint(tmp_path: Path, 
     config, log = write_config(tmp_path, teacher_dir, text_dir), tmp_path / "log"
     assert run("train", str(config), log=log) == 0, log.read_text()
     log.unlink()
+    resolved = (tmp_path / "runs" / "tiny" / "config.yaml").read_text()
     changed = ["loss.hard_weight=0.5", "train.steps=16"]
     assert run("train", str(config), *changed, log=log) == 1
+    assert (tmp_path / "runs" / "tiny" / "config.yaml").read_text() == resolved, "a refused run changes nothing"
     text = log.read_text()
     assert "CheckpointError" in text
     assert "loss.hard_weight: checkpoint 0.0, now 0.5" in text

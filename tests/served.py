@@ -1,5 +1,6 @@
 """A real tiny teacher of one rank behind real Flight servers, in the test's own process, and batches to ask it for."""
 
+import queue
 import threading
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,32 @@ class Teacher:
         assert not self.thread.is_alive()
         self.server.shutdown()
         self.directory.shutdown()
+
+
+class Held:
+    """A real scorer whose answers come when they are let go."""
+
+    def __init__(self, scorer: RankScorer) -> None:
+        self._scorer = scorer
+        self.asked = threading.Semaphore(0)
+        self.let_go = threading.Event()
+
+    def submit(self, request: str, rows: Any, header: Any) -> "queue.SimpleQueue[Any]":
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def answer() -> None:
+            self.let_go.wait()
+            answers.put(self._scorer.submit(request, rows, header).get())
+
+        threading.Thread(target=answer).start()
+        self.asked.release()
+        return answers
+
+    def progress(self) -> int:
+        return self._scorer.progress()
+
+    def stats(self) -> dict[str, Any]:
+        return self._scorer.stats()
 
 
 def batch(rows: int = 3, columns: int = 12, vocab: int = 100, seed: int = 0) -> TokenBatch:

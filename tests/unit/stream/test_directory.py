@@ -1,14 +1,11 @@
 """Replicas that join, leave and vanish, as directory and students see it: real Flight servers, one real teacher."""
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ from kdscale.stream.directory import LEASE_S, DirectoryClient, list_endpoints
 from kdscale.stream.joining import RemoteRegistry
 from kdscale.stream.protocol import Access, Endpoint
 from kdscale.stream.server import TargetServer
-from tests.served import TOKEN, Teacher, batch
+from tests.served import TOKEN, Held, Teacher, batch
 
 TOPK = TargetSpec("topk", k=7)
 ELSEWHERE = Endpoint("joined-1-0", 0, 0, "127.0.0.1:9")
@@ -43,36 +40,10 @@ def wait_for(condition: Callable[[], bool], what: str, within_s: float = 10) -> 
         time.sleep(0.02)
 
 
-class Held:
-    """The teacher's scorer, whose answers come when they are let go."""
-
-    def __init__(self, teacher: Teacher) -> None:
-        self._scorer = teacher.scorer
-        self.asked = threading.Semaphore(0)
-        self.let_go = threading.Event()
-
-    def submit(self, request: str, rows: Any, header: Any) -> "queue.SimpleQueue[Any]":
-        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-        def answer() -> None:
-            self.let_go.wait()
-            answers.put(self._scorer.submit(request, rows, header).get())
-
-        threading.Thread(target=answer).start()
-        self.asked.release()
-        return answers
-
-    def progress(self) -> int:
-        return self._scorer.progress()
-
-    def stats(self) -> dict[str, Any]:
-        return self._scorer.stats()
-
-
 @contextmanager
 def held(teacher: Teacher) -> Iterator[tuple[Held, Endpoint]]:
     """Another endpoint of the same teacher, known to nobody yet."""
-    scorer = Held(teacher)
+    scorer = Held(teacher.scorer)
     server = TargetServer("127.0.0.1", TOKEN, teacher.meaning, scorer)
     yield scorer, Endpoint("held", 0, 0, server.address)
     scorer.let_go.set()

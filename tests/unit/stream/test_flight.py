@@ -2,7 +2,6 @@
 
 import datetime
 import queue
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +28,7 @@ from kdscale.stream.protocol import Access, Endpoint, call, connect
 from kdscale.stream.server import TargetServer
 from kdscale.targets.decode import decode
 from kdscale.teacher.model import Score
-from kdscale.teacher.rank import RankScorer
-from tests.served import TOKEN, Teacher, batch
+from tests.served import TOKEN, Held, Teacher, batch
 
 TOPK = TargetSpec("topk", k=7, temperature=2.0)
 
@@ -232,32 +230,6 @@ def test_endpoint_without_progress_is_given_up(teacher: Teacher):
     assert 2.5 < time.monotonic() - start < 15
     directory.shutdown()
     server.shutdown()
-
-
-class Held:
-    """A real scorer whose answers come when they are let go."""
-
-    def __init__(self, scorer: RankScorer) -> None:
-        self._scorer = scorer
-        self.asked = threading.Semaphore(0)
-        self.let_go = threading.Event()
-
-    def submit(self, request: str, rows: Any, header: Any) -> "queue.SimpleQueue[Any]":
-        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-        def answer() -> None:
-            self.let_go.wait()
-            answers.put(self._scorer.submit(request, rows, header).get())
-
-        threading.Thread(target=answer).start()
-        self.asked.release()
-        return answers
-
-    def progress(self) -> int:
-        return self._scorer.progress()
-
-    def stats(self) -> dict[str, Any]:
-        return self._scorer.stats()
 
 
 def test_round_trip_over_tls_is_not_disturbed_by_strangers(teacher: Teacher):

@@ -27,6 +27,7 @@ start_node() {
   else
     options=(--disable-usage-stats)
   fi
+  [[ -z "${KDSCALE_LABELS:-}" ]] || options+=(--labels "$KDSCALE_LABELS")
   [[ -z "${KDSCALE_AGENT_PORT:-}" ]] || options+=(--dashboard-agent-listen-port "$KDSCALE_AGENT_PORT")
   [[ -z "$node_address" ]] || options+=(--node-ip-address "$node_address")
   [[ -z "${KDSCALE_CPUS:-}" ]] || options+=(--num-cpus "$KDSCALE_CPUS")

@@ -16,6 +16,7 @@ environment:
   KDSCALE_CPUS          logical CPUs of this node                    (default: its cores)
   KDSCALE_GPUS          GPUs of this node                            (default: what Ray finds)
   KDSCALE_AGENT_PORT    port of the node's agent                     (default: 52365)
+  KDSCALE_LABELS        labels of this node, for instance role=teacher (see teacher.nodes and student.nodes of a config)
   KDSCALE_RAY_TEMP      directory of Ray's sockets and logs          (default: /tmp/kdscale-ray)
   RAY_AUTH_TOKEN_PATH   the token's file                             (default: ~/.ray/auth_token)
 TEXT

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from kdscale import log
-from kdscale.config.sections import ClusterSection
+from kdscale.config.sections import ClusterSection, Placement
 from kdscale.errors import PlacementError
 
 _LOG = log.get(__name__)
@@ -31,6 +31,9 @@ class Ask:
     ranks: int
     cpus_per_rank: int
     gpus_per_rank: int
+    placement: Placement = "pack"
+    nodes: dict[str, str] = field(default_factory=dict)
+    """Labels that a node must have to hold a rank."""
 
 
 @contextmanager
@@ -94,7 +97,8 @@ def reserve(ask: Ask, wait_seconds: float) -> Iterator[PlacementGroup]:
         PlacementError: the cluster did not have the resources within ``wait_seconds``.
     """
     bundle = {"CPU": float(ask.cpus_per_rank)} | ({"GPU": float(ask.gpus_per_rank)} if ask.gpus_per_rank else {})
-    group = placement_group([bundle] * ask.ranks, strategy="PACK")
+    selectors = [ask.nodes] * ask.ranks if ask.nodes else None
+    group = placement_group([bundle] * ask.ranks, strategy=ask.placement.upper(), bundle_label_selector=selectors)
     deadline = time.monotonic() + wait_seconds
     try:
         while True:
@@ -105,7 +109,7 @@ def reserve(ask: Ask, wait_seconds: float) -> Iterator[PlacementGroup]:
             if time.monotonic() >= deadline:
                 raise PlacementError(
                     f"{ask.what} was not placed within cluster.wait_seconds = {wait_seconds:g}: {lack}; ask for less"
-                    " (ranks, cpus_per_rank, gpus_per_rank) or add nodes"
+                    " (ranks, cpus_per_rank, gpus_per_rank, nodes) or add nodes"
                 )
             _LOG.info("%s waits for its place: %s", ask.what, lack)
         yield group
@@ -115,11 +119,24 @@ def reserve(ask: Ask, wait_seconds: float) -> Iterator[PlacementGroup]:
 
 def _lack(ask: Ask, bundle: dict[str, float]) -> str:
     free = ray.available_resources()
-    return ", ".join(
+    lack = ", ".join(
         f"needs {ask.ranks} x {amount:g} {name}, {free.get(name, 0.0):g} free of"
         f" {ray.cluster_resources().get(name, 0.0):g}"
         for name, amount in bundle.items()
     )
+    if ask.nodes:
+        there = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+        fitting = sum(all(_fits(labels, *one) for one in ask.nodes.items()) for labels in there)
+        wanted = ", ".join(f"{name}={value}" for name, value in ask.nodes.items())
+        lack += f", on nodes with {wanted}: {fitting} of {len(there)} nodes"
+    return lack if ask.placement == "pack" else f"{lack}, placed by {ask.placement}"
+
+
+def _fits(labels: dict[str, str], name: str, wanted: str) -> bool:
+    """Whether a node's labels agree with one of Ray's label selectors: ``a``, ``!a``, ``in(a,b)`` or ``!in(a,b)``."""
+    forbidden, wanted = wanted.startswith("!"), wanted.removeprefix("!")
+    listed = wanted.removeprefix("in(").removesuffix(")").split(",") if wanted.startswith("in(") else [wanted]
+    return (labels.get(name) in [one.strip() for one in listed]) != forbidden
 
 
 def require_memory(needed_bytes: int, what: str) -> None:

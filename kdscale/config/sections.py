@@ -35,6 +35,9 @@ SafeName = Annotated[str, AfterValidator(_safe_name)]
 Network = Annotated[str, AfterValidator(_network)]
 
 
+Placement = Literal["pack", "strict_pack", "spread", "strict_spread"]
+
+
 class RunSection(Section):
     name: SafeName = "run"
     """Name of the run; its files lie in ``dir/name``."""
@@ -85,6 +88,11 @@ class TeacherSection(Section):
     """CPU cores and threads of a rank."""
     gpus_per_rank: int = Field(0, ge=0, le=1)
     """GPUs of a rank; 0 runs on CPU (gloo)."""
+    placement: Placement = "pack"
+    """How ranks go to nodes: pack: few nodes; strict_pack: one node; spread: many; strict_spread: a node each."""
+    nodes: dict[str, str] = Field({})
+    """Labels of the nodes that may hold a rank (``ray start --labels``), with values as Ray's label selectors have them:
+    ``{role: teacher}``, or ``{role: "!teacher"}`` for all other nodes."""
     start_seconds: float = Field(120, gt=0)
     """Limit until the ranks of a replica are processes, and again until they have formed their group."""
     load_seconds: float = Field(600, gt=0)
@@ -134,6 +142,11 @@ class StudentSection(Section):
     """CPU cores and threads of a rank."""
     gpus_per_rank: int = Field(0, ge=0, le=1)
     """GPUs of a rank; 0 runs on CPU (gloo)."""
+    placement: Placement = "pack"
+    """How ranks go to nodes: pack: few nodes; strict_pack: one node; spread: many; strict_spread: a node each."""
+    nodes: dict[str, str] = Field({})
+    """Labels of the nodes that may hold a rank (``ray start --labels``), with values as Ray's label selectors have them:
+    ``{role: teacher}``, or ``{role: "!teacher"}`` for all other nodes."""
     start_seconds: float = Field(600, gt=0)
     """Limit until the student's ranks are processes, again until they have formed their group, and again until they are
     built."""

@@ -20,7 +20,8 @@ _AFTER_DEATH_S = 3.0
 
 
 def student_ask(student: StudentSection) -> Ask:
-    return Ask("student", topology_of(student.parallel).world, student.cpus_per_rank, student.gpus_per_rank)
+    ranks = topology_of(student.parallel).world
+    return Ask("student", ranks, student.cpus_per_rank, student.gpus_per_rank, student.placement, student.nodes)
 
 
 class StudentGroup:

@@ -23,7 +23,7 @@ _AFTERMATH_S = 0.5
 
 
 def teacher_ask(teacher: TeacherSection) -> Ask:
-    return Ask("teacher", teacher.ranks, teacher.cpus_per_rank, teacher.gpus_per_rank)
+    return Ask("teacher", teacher.ranks, teacher.cpus_per_rank, teacher.gpus_per_rank, teacher.placement, teacher.nodes)
 
 
 class TeacherReplica:

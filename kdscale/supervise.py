@@ -15,8 +15,11 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import psutil
 
@@ -40,20 +43,12 @@ def supervise(command: list[str], lock_file: Path, grace_seconds: float) -> int:
     Raises:
         PlacementError: another process works on the same run.
     """
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
-    temp = _make_temp()
-    with lock_file.open("a") as lock:
-        try:
-            # Dies with its last holder: no stale lock. The driver holds it too, for when this process is killed.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            shutil.rmtree(temp, ignore_errors=True)
-            raise PlacementError(
-                f"another process works on {lock_file.parent}; wait for it to end, or give this run another run.name"
-            ) from None
+    with only_one(lock_file) as lock:
+        temp = _make_temp()
         read_end, write_end = os.pipe()
         environment = os.environ | {_MARK: mark, _TEMP: temp, _LIFELINE: str(read_end)}
+        # The driver holds the lock too, for when this process is killed.
         child = subprocess.Popen(command, env=environment, pass_fds=(read_end, lock.fileno()), start_new_session=True)
         os.close(read_end)
         try:
@@ -62,6 +57,20 @@ def supervise(command: list[str], lock_file: Path, grace_seconds: float) -> int:
             os.close(write_end)
             sweep(mark, spare={os.getpid()})
             shutil.rmtree(temp, ignore_errors=True)
+
+
+@contextmanager
+def only_one(lock_file: Path) -> Iterator[IO[str]]:
+    """Hold a run's lock; it dies with its last holder, so there is no stale one. Raises: PlacementError when it is held."""
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    with lock_file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PlacementError(
+                f"another process works on {lock_file.parent}; wait for it to end, or give this run another run.name"
+            ) from None
+        yield lock
 
 
 def _make_temp() -> str:

@@ -41,27 +41,35 @@ class Member:
         self.world = world
         self._listener: socket.socket | None = None
 
-    def open_store(self, network: str) -> tuple[str, int]:
+    def open_store(self, network: str, port: int = 0) -> tuple[str, int]:
         """Rank 0: listen for the group on this node's address in ``network`` alone (torch's own store would listen on
-        all addresses); returns where."""
+        all addresses), at ``port`` or any free one; returns where."""
         self._listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self._listener.bind((address_in(network)[0], 0))
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind((address_in(network)[0], port))
         self._listener.listen(256)
         host, port = self._listener.getsockname()
         return host, port
 
     def join(
-        self, address: tuple[str, int], network: str, timeout_s: float, collective_s: float, gpus_per_rank: int
+        self,
+        address: tuple[str, int],
+        network: str,
+        timeout_s: float,
+        collective_s: float,
+        gpus_per_rank: int,
+        local_rank: int = 0,
     ) -> torch.device:
         """Become part of the group whose store is at ``address``; returns this rank's device.
 
-        Blocks until all ranks are there, ``timeout_s`` at most. A collective of the group may take ``collective_s``.
+        Blocks until all ranks are there, ``timeout_s`` at most. A collective of the group may take ``collective_s``. Of
+        several visible GPUs the rank takes number ``local_rank``.
         """
-        device = use_device(gpus_per_rank)
+        device = use_device(gpus_per_rank, local_rank)
         _, interface = address_in(network)
         os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
         # What DeepSpeed reads of the launcher's variables; LOCAL_SIZE apart from WORLD_SIZE keeps it off shared memory.
-        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK="0", LOCAL_SIZE="1")
+        os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(local_rank), LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         timeout = timedelta(seconds=collective_s)
         store = dist.TCPStore(  # type: ignore[attr-defined]

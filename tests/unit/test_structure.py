@@ -23,7 +23,7 @@ LAYERS = [
     {"waits"},
     {"serve"},
     {"driver"},
-    {"show", "doctor", "offline", "probe"},
+    {"show", "doctor", "offline", "probe", "worker"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,152 @@
+"""A student rank under the DeepSpeed launcher, which learns from a teacher that `kdscale teacher` serves. No Ray of its own.
+
+    kdscale teacher CONFIG --write runs/teacher.json                                   # in another shell, or on the cluster
+    deepspeed --num_accelerators 2 --module kdscale.worker --config CONFIG --teacher-endpoints runs/teacher.json \
+        student.parallel.data=2
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from kdscale import log, supervise
+from kdscale.config import RunConfig, load_config
+from kdscale.config.anchor import anchored
+from kdscale.config.load import dump_resolved
+from kdscale.errors import ConfigError, KdscaleError
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML config, the same on all hosts")
+    parser.add_argument(
+        "--teacher-endpoints", type=Path, required=True, help="access file that `kdscale teacher` wrote"
+    )
+    parser.add_argument("--resume", default="auto", help="auto, never, or a checkpoint's path")
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the launcher")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="values laid over the config")
+    return parser.parse_args()
+
+
+def launched(name: str) -> str:
+    """A variable of the launcher. Raises: ConfigError."""
+    if name not in os.environ:
+        raise ConfigError(f"{name} is not set: start this module with the deepspeed launcher (see --help)")
+    return os.environ[name]
+
+
+def train(config: RunConfig, given: argparse.Namespace) -> int:
+    """One rank, from joining the others to the summary (rank 0); returns the exit code. Raises: KdscaleError."""
+    from kdscale.display import Display
+    from kdscale.driver import write_json
+    from kdscale.engine import process
+    from kdscale.engine.checkpoint import find
+    from kdscale.engine.settings import topology_of
+    from kdscale.prepare import corpus_of, prepare, require_resumable, run_identity
+    from kdscale.start import ServedTeacher
+    from kdscale.student.job import StudentJob
+    from kdscale.student.worker import StudentSetup
+    from kdscale.summary import make_summary, measure_models
+    from kdscale.waits import show
+
+    began, rank, world = time.monotonic(), int(launched("RANK")), int(launched("WORLD_SIZE"))
+    wanted = topology_of(config.student.parallel).world
+    if wanted != world:
+        raise ConfigError(
+            f"the launcher started {world} ranks and student.parallel = {config.student.parallel.model_dump()} needs"
+            f" {wanted}; change one of them (deepspeed --num_accelerators N, student.parallel.data=N)"
+        )
+    stop = _stop_on_signals()
+    display = Display(config.train.steps) if rank == 0 else None
+
+    def emit(event: dict[str, Any]) -> None:
+        if display is not None:
+            show([event], display)
+
+    prepared = prepare(config)
+    access = ServedTeacher(given.teacher_endpoints, config.stream, prepared).access
+    network, limit_s = config.stream.network, config.student.start_seconds
+    address = launched("MASTER_ADDR"), int(launched("MASTER_PORT"))
+    member = process.Member(rank, world)
+    if rank == 0:
+        address = member.open_store(network, address[1])
+    device = member.join(address, network, limit_s, limit_s, config.student.gpus_per_rank, given.local_rank)
+    directory = Path(config.run.dir) / config.run.name
+    resume_from = ""
+    identity = run_identity(config, prepared)
+    identity["corpus"] = corpus_of(config, prepared, lambda done, total, what: None).fingerprint
+    if rank == 0:
+        checkpoint = find(directory / "checkpoints", given.resume)
+        require_resumable(config, checkpoint, identity)
+        dump_resolved(config, directory / "config.yaml")
+        resume_from = str(checkpoint.directory.absolute()) if checkpoint else ""
+    resume_from = process.text_of_ranks(resume_from, device)[0]
+    setup = StudentSetup(
+        config=config,
+        meaning=prepared.meaning,
+        identity=identity,
+        teacher_directory=str(prepared.teacher_directory.absolute()),
+        run_directory=str(directory.absolute()),
+        resume_from=resume_from or None,
+    )
+    job = StudentJob(setup, rank, device, emit=emit, should_stop=stop.is_set)
+    report = job.run(access)
+    process.barrier()
+    if report.get("stopped"):
+        if display is not None:
+            display.close()
+            print(f"kdscale: stopped, saved at step {report['step']}; the same command goes on", file=sys.stderr)
+        return supervise.INTERRUPTED
+    if display is not None:
+        measured = measure_models(config, prepared.teacher_directory, directory / "student", report, job.facts())
+        summary = make_summary(config, prepared, job.facts(), report, measured)
+        summary |= {"student_restarts": 0, "wall_seconds": time.monotonic() - began}
+        write_json(directory / "summary.json", summary)
+        display.summary(summary)
+    return 0
+
+
+def _stop_on_signals() -> threading.Event:
+    """SIGTERM and SIGINT ask every rank to save and leave at the end of its step."""
+    stop = threading.Event()
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+    return stop
+
+
+def main() -> None:
+    given = arguments()
+    log.setup(f"student {os.environ.get('RANK', '')}")
+    try:
+        config = anchored(load_config(given.config, given.overrides), Path.cwd())
+        if config.targets.source == "recording":
+            raise ConfigError("targets.source = recording needs no served teacher; use `kdscale train`")
+        lock = Path(config.run.dir) / config.run.name / ".train.lock"
+        with supervise.only_one(lock) if os.environ.get("RANK") == "0" else nullcontext():
+            code = train(config, given)
+    except KdscaleError as error:
+        print(f"kdscale: {type(error).__name__}: {error}", file=sys.stderr)
+        code = error.exit_code
+    except Exception:  # noqa: BLE001 - whatever it is (torch's, when another rank is gone), the process must end, see below
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of DeepSpeed and Flight that wait for nothing any more would keep the process.
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

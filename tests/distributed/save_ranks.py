@@ -200,6 +200,7 @@ def saving(ranks: Ranks, clock: Callable[[], float], stop: bool = False, **secti
         ranks.rank,
         identity={},
         notes=lambda totals: {},
+        small=dict,
         emit=events.append,
         # One rank is told.
         should_stop=lambda: stop and ranks.rank == 1,

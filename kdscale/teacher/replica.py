@@ -3,18 +3,23 @@
 Only plain values go in and out; torch and DeepSpeed load on the rank's own node.
 """
 
+import mmap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kdscale import log
 from kdscale.config.sections import TeacherSection
 from kdscale.credentials import Credentials
+from kdscale.errors import TeacherError
 from kdscale.stream.protocol import Meaning
 from kdscale.teacher.counters import Beat, Counters
 
 if TYPE_CHECKING:
     from kdscale.stream.server import TargetServer
     from kdscale.teacher.rank import RankScorer
+
+_ROOM_BYTES = 16 << 20
+"""Mapped and given back at each heartbeat."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,17 @@ class TeacherRank:
         return self._scorer.stats()
 
     def beat(self) -> Beat | None:
-        """None: not serving yet. Answered by a thread beside the one that runs forwards."""
+        """None: not serving yet. Answered by a thread beside the one that runs forwards.
+
+        Raises: TeacherError when this rank cannot have memory for another answer. Its endpoint would refuse every request, and
+            the forwards would know nothing of it.
+        """
         if self._scorer is None or self._server is None:
             return None
+        try:
+            mmap.mmap(-1, _ROOM_BYTES).close()
+        except OSError as error:
+            raise TeacherError(f"no memory is left for an answer ({error}); give the rank's node more") from error
         return Beat(self._scorer.counters, self._scorer.forward_seconds(), self._server.in_flight)
 
     def stop(self) -> None:

@@ -160,7 +160,7 @@ def test_interrupted_and_killed_runs_go_on(tmp_path: Path, teacher_dir: Path, te
 
 def assert_same_numbers(one: Path, other: Path) -> None:
     """Metrics of every step but for times, master weights, optimizer states, and the exported student."""
-    times = {"seconds", "wait_seconds", "tokens_per_second"}
+    times = {"seconds", "wait_seconds", "checkpoint_stall_seconds", "tokens_per_second"}
     lines = [(path / "metrics.jsonl").read_text().splitlines() for path in (one, other)]
     assert len(lines[0]) == len(lines[1])
     for here, there in zip(*(map(json.loads, part) for part in lines), strict=True):

@@ -13,8 +13,9 @@ from kdscale.stream.prefetch import check_alignment
 from kdscale.stream.source import TargetSource
 from kdscale.targets.payloads import make_targets, targets_of_logits
 
-# float16 on the wire rounds a log-probability of -8 by 4e-3; a bfloat16 forward rounds logits of 30 by 0.1.
-_TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.35}
+# (largest, mean). float16 on the wire rounds a log-probability of -8 by 4e-3. Two bfloat16 forwards that round in other
+# places differ as each does from float32: SmolLM2-135M by 0.6 at most and 0.06 on average, over 2,048 positions.
+_TOLERANCE = {torch.float32: (0.02, 0.004), torch.bfloat16: (1.0, 0.15)}
 _ENTRIES = 64
 _PROBABLE = -6.0
 """Entries likelier than e^-6 are compared; the others are all noise in bfloat16."""
@@ -26,12 +27,13 @@ class CanaryReport:
 
     num_tokens: int
     max_logp_difference: float
+    mean_logp_difference: float
     top1_agreement: float
 
     def line(self) -> str:
         return (
             f"ok: {self.num_tokens} tokens, top-1 agreement {self.top1_agreement:.4f}, log-probabilities within"
-            f" {self.max_logp_difference:.1e}"
+            f" {self.max_logp_difference:.1e}, {self.mean_logp_difference:.1e} on average"
         )
 
 
@@ -97,13 +99,15 @@ def compare(served: TopkTargets, plain_TV: torch.Tensor, dtype: torch.dtype) -> 
     """Raises: CanaryError naming the likely cause."""
     local_TK = plain_TV.gather(1, served.ids_TK.long())
     probable = served.logp_TK > _PROBABLE
-    worst = float((served.logp_TK - local_TK).abs()[probable].max())
+    difference = (served.logp_TK - local_TK).abs()[probable]
+    worst, mean = float(difference.max()), float(difference.mean())
+    most, most_mean = _TOLERANCE[dtype]
     agreement = float((plain_TV.argmax(-1) == served.ids_TK[:, 0]).double().mean())
-    report = CanaryReport(len(served), worst, agreement)
-    if not worst <= _TOLERANCE[dtype] or agreement < 0.9:
+    report = CanaryReport(len(served), worst, mean, agreement)
+    if not (worst <= most and mean <= most_mean) or agreement < 0.9:
         raise CanaryError(
             f"the served teacher differs from a plain forward of the same files: log-probabilities by up to {worst:.3g}"
-            f" (allowed {_TOLERANCE[dtype]:g}), top-1 agreement {agreement:.3f}. Likely causes:"
+            f" (allowed {most:g}), {mean:.3g} on average (allowed {most_mean:g}), top-1 agreement {agreement:.3f}. Likely causes:"
             " a shift by one or packed documents that see each other (agreement near 0),"
             " a padded vocabulary or another temperature (agreement near 1), another dtype (teacher.dtype)"
         )

@@ -23,6 +23,7 @@ def test_equal_targets_pass():
     [torch.roll(LOGITS, 1, 0), LOGITS / 2, torch.cat([LOGITS[:, 1:], LOGITS[:, :1]], 1)],
     ids=["shifted by one position", "at another temperature", "with other ids"],
 )
-def test_targets_of_something_else_end_the_run(served: torch.Tensor):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_targets_of_something_else_end_the_run(served: torch.Tensor, dtype: torch.dtype):
     with pytest.raises(CanaryError, match="the served teacher differs from a plain forward"):
-        compare(topk_of_logits(served, 16), torch.log_softmax(LOGITS, -1), torch.float32)
+        compare(topk_of_logits(served, 16), torch.log_softmax(LOGITS, -1), dtype)

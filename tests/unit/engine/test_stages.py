@@ -24,7 +24,7 @@ def test_the_longest_stage_is_as_short_as_it_can_be(seconds: list[float], stages
         return [[cut, *rest] for cut in range(first, len(seconds) + 1) for rest in every(cut, left - 1)]
 
     best = min(longest([0, *cuts]) for cuts in every(0, stages))
-    assert longest(bounds) <= best + 1e-5 * len(seconds)
+    assert longest(bounds) <= best + 1e-9
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,18 @@ environment:
 TEXT
 }
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/ray_node.bash
 case "${1:-}" in
-  "") ;;
-  --stop) stop_node; exit 0 ;;
+  "" | --stop) ;;
   --help | -h) usage; exit 0 ;;
   *) usage >&2; exit 2 ;;
 esac
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/ray_node.bash
+if [[ "${1:-}" == --stop ]]; then
+  stop_node
+  exit 0
+fi
 
 jobs_port="${KDSCALE_JOBS_PORT:-8265}"
 make_token

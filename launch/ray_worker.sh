@@ -22,14 +22,18 @@ environment:
 TEXT
 }
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/ray_node.bash
 case "${1:-}" in
-  --stop) stop_node; exit 0 ;;
+  --stop | *:*) head="$1" ;;
   --help | -h) usage; exit 0 ;;
-  *:*) head="$1" ;;
   *) usage >&2; exit 2 ;;
 esac
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/ray_node.bash
+if [[ "$head" == --stop ]]; then
+  stop_node
+  exit 0
+fi
 
 if [[ ! -s "$RAY_AUTH_TOKEN_PATH" ]]; then
   echo "$RAY_AUTH_TOKEN_PATH holds no token; copy the head's file there, readable by you alone" >&2

@@ -22,6 +22,7 @@ from torch import nn
 
 from kdscale.engine.sharding import gathered
 from kdscale.engine.training import Engine
+from kdscale.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Place = list[str | int]
@@ -59,7 +60,7 @@ class Partition:
         """``parameters`` are those this rank holds (sharded or whole), by the student's own names.
 
         Raises:
-            NotImplementedError: an optimizer of DeepSpeed's that is not listed here.
+            ConfigError: the deepspeed section brings an optimizer wrapper whose layout is not known here.
         """
         self._engine = engine
         self.trained = {name: one for name, one in parameters.items() if one.requires_grad}
@@ -88,7 +89,10 @@ class Partition:
                 file = Path(engine._get_ckpt_name("", "")).name
                 return slots, self._whole(slots, self._module_places(file, slots), [file, "optimizer", "state"])
             case _:
-                raise NotImplementedError(f"no partition is known of {type(optimizer).__name__}")
+                raise ConfigError(
+                    f"the deepspeed section makes DeepSpeed use {type(optimizer).__name__}, whose states kdscale cannot find"
+                    " again in a checkpoint; use plain ZeRO 0 to 3 (configs/deepspeed/)"
+                )
 
     def _whole(self, models: list[nn.Parameter], masters: list[Place], state: Place) -> list[Fragment]:
         """Nothing is sharded: a slot a parameter."""

@@ -14,6 +14,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,27 +101,26 @@ class RecordingWriter:
         batch = pa.concat_batches(parts)
         meta = {"key": key.hex()}
         meta["checksum"] = arrow.checksum(batch, meta)
-        try:
+        with _writing(self._partial):
             if self._writer is None:
                 self._file = pa.OSFile(str(self._partial), "wb")
                 self._writer = pa.ipc.new_file(self._file, self._schema)
             self._writer.write_batch(batch, custom_metadata=meta)
-            self._rows += 1
-            if self._rows == self._rows_per_shard:
-                self.flush()
-        except OSError as error:
-            raise RecordingError(f"{self._partial} cannot be written: {error}; finished shards stay good") from error
+        self._rows += 1
+        if self._rows == self._rows_per_shard:
+            self.flush()
 
     def flush(self) -> None:
-        """Finish the shard in progress. Raises: OSError."""
+        """Finish the shard in progress. Raises: RecordingError."""
         if self._writer is None:
             return
-        self._writer.close()
-        self._file.close()
+        with _writing(self._partial):
+            self._writer.close()
+            self._file.close()
+            with self._partial.open("rb") as file:
+                os.fsync(file.fileno())
+            self._partial.rename(self._directory / f"{self._name}-{self._number:05}.arrow")
         self._writer = None
-        with self._partial.open("rb") as file:
-            os.fsync(file.fileno())
-        self._partial.rename(self._directory / f"{self._name}-{self._number:05}.arrow")
         self._number, self._rows = self._number + 1, 0
 
     @property
@@ -229,28 +230,29 @@ def begin(directory: Path, provenance: Provenance) -> None:
     if path.is_file():
         require_provenance(directory, provenance)
         return
-    try:
+    with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         _write(path, json.dumps(provenance.as_dict(), indent=1, sort_keys=True))
-    except OSError as error:
-        raise RecordingError(f"{directory} cannot be written: {error}") from error
 
 
 def save_head(directory: Path, head: Head) -> None:
+    """Raises: RecordingError."""
     batch = encode_head(head)
     partial = directory / f".{_HEAD}.partial"
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
-    partial.rename(directory / _HEAD)
+    with _writing(partial):
+        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        partial.rename(directory / _HEAD)
 
 
 def finish(directory: Path) -> None:
-    """Name every file with its sha256: from here on the recording is whole."""
+    """Name every file with its sha256: from here on the recording is whole. Raises: RecordingError."""
     hashes = {}
-    for path in sorted(directory.glob("*.arrow")):
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    _write(directory / _MANIFEST, json.dumps({"version": 1, "sha256": hashes}, indent=1, sort_keys=True))
+    with _writing(directory / _MANIFEST):
+        for path in sorted(directory.glob("*.arrow")):
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        _write(directory / _MANIFEST, json.dumps({"version": 1, "sha256": hashes}, indent=1, sort_keys=True))
 
 
 def require_provenance(directory: Path, expected: Provenance) -> None:
@@ -284,6 +286,16 @@ def _shards(directory: Path) -> list[tuple[str, int, Path]]:
     """(name, number, path) of every finished shard, in order."""
     found = [(match, path) for path in directory.glob("*.arrow") if (match := _SHARD.fullmatch(path.name))]
     return sorted((match.group(1), int(match.group(2)), path) for match, path in found)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecordingError(
+            f"{path} cannot be written: {error}; finished shards stay good, the same command goes on"
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:

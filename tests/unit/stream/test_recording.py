@@ -147,3 +147,23 @@ def test_every_file_is_named_with_its_hash(teacher: Teacher, tmp_path: Path):
     named = json.loads((tmp_path / "MANIFEST.json").read_text())["sha256"]
     assert set(named) == {"train-00000.arrow", "train-00001.arrow"}
     assert all(len(one) == 64 for one in named.values())
+
+
+def test_what_cannot_be_written_is_typed(teacher: Teacher, tmp_path: Path):
+    """The directory is gone when a row, the end of a shard, the head and the manifest are to be written."""
+    (row,), asked = batch(rows=1).rows(), provenance(teacher)
+    answer = teacher.source().fetch_batches(row, TOPK)
+    gone, moved = tmp_path / "out", tmp_path / "moved"
+    begin(gone, asked)
+    writer = RecordingWriter(gone, "train", TOPK, teacher.meaning, 24)
+    writer.add(row_key(row), answer)
+    gone.rename(moved)
+    late = RecordingWriter(gone, "train", TOPK, teacher.meaning, 24)
+    for write in (
+        writer.flush,
+        lambda: late.add(row_key(row), answer),
+        lambda: save_head(gone, teacher.source().fetch_head()),
+        lambda: finish(gone),
+    ):
+        with pytest.raises(RecordingError, match=r"cannot be written: .* finished shards stay good"):
+            write()

@@ -20,15 +20,7 @@ from kdscale.engine.checkpoint import Checkpoint, find
 from kdscale.errors import KdscaleError, StudentError
 from kdscale.prepare import Prepared, corpus_of, prepare, require_resumable, run_identity
 from kdscale.serve import join, record, serve
-from kdscale.start import (
-    Job,
-    Slots,
-    Stopped,
-    Teacher,
-    place,
-    start_students,
-    start_teacher,
-)
+from kdscale.start import Job, Slots, Stopped, Teacher, place, start_students, start_teacher
 from kdscale.stream.recording import Provenance, require_provenance
 from kdscale.student.service import StudentGroup
 from kdscale.summary import make_summary, measure_models

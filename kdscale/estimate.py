@@ -127,8 +127,9 @@ def item_bytes(dtype: Dtype, gpus_per_rank: int) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
-def host_memory(config: RunConfig) -> int | None:
-    """Bytes of host memory all ranks of a run on CPUs need together for weights and model states; ``None``: unknown.
+def host_memory(config: RunConfig, *, teacher: bool, student: bool) -> int | None:
+    """Bytes of host memory that the ranks on CPUs which are started need together for weights and model states; ``None``:
+    unknown.
 
     The teacher's weights are counted once a replica, over its ranks, with the file that rank 0 maps while loading.
     """
@@ -136,10 +137,13 @@ def host_memory(config: RunConfig) -> int | None:
     parameters, trained = student_parameters(config.student, files)
     if files.parameters is None or files.file_bytes is None or parameters is None or trained is None:
         return None
-    teacher = config.teacher.replicas * (files.parameters * item_bytes(config.teacher.dtype, 0)) + files.file_bytes
+    replica = files.parameters * item_bytes(config.teacher.dtype, 0)
+    needed = config.teacher.replicas * replica + files.file_bytes if teacher else 0
+    if not student:
+        return needed
     parallel, width = config.student.parallel, item_bytes(student_dtype(config), 0)
     # The stages of a pipeline hold one model between them, but each rank builds the whole one first.
     states = student_memory(parameters, trained, config.zero_stage, parallel.data, width)
     building = parallel.pipeline * parallel.data * parameters * width
     training = parallel.data * sum(size or 0 for size in states.values())
-    return teacher + max(building, training + pending_checkpoint(parameters, trained, width))
+    return needed + max(building, training + pending_checkpoint(parameters, trained, width))

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,13 +59,12 @@ class Recorder:
             RecordingError: the disk is full, for instance.
         """
         config = self._config
-        source = FlightSource(access, self._meaning, config.stream, "recorder", by_row=config.run.deterministic)
-        save_head(self._directory, source.fetch_head())
         rows = self._train.num_rows
-        whole = self._part("heldout", self._heldout_rows(), HIDDEN, source, lambda done: None, stop) and self._part(
-            "train", self._training_rows(), config.target_spec(0), source, lambda done: tick(done, rows), stop
-        )
-        source.close()
+        with closing(FlightSource(access, self._meaning, config.stream, "recorder")) as source:
+            save_head(self._directory, source.fetch_head())
+            whole = self._part("heldout", self._heldout_rows(), HIDDEN, source, lambda done: None, stop) and self._part(
+                "train", self._training_rows(), config.target_spec(0), source, lambda done: tick(done, rows), stop
+            )
         if whole:
             finish(self._directory)
             tick(rows, rows)

@@ -152,23 +152,23 @@ class Slots:
 
 def place(job: Job, stack: ExitStack, *, student: bool = True) -> Slots:
     """Join or start the cluster and reserve places on it. Raises: PlacementError."""
-    if job.config.cluster.address is None and not job.config.student.gpus_per_rank:
-        needed = host_memory(job.config)
-        if needed is not None:
-            require_memory(needed, "this run (weights, gradients and optimizer of teacher and student)")
-    job.display.phase("starting Ray" if job.config.cluster.address is None else "joining the Ray cluster")
     config = job.config
     elsewhere = job.teacher_endpoints is not None or config.targets.source == "recording"
+    if config.cluster.address is None and not config.student.gpus_per_rank:
+        needed = host_memory(config, teacher=not elsewhere, student=student)
+        if needed is not None:
+            require_memory(needed, "what starts here (weights, and of a student gradients and optimizer)")
+    job.display.phase("starting Ray" if config.cluster.address is None else "joining the Ray cluster")
     teachers = [] if elsewhere else [teacher_ask(config.teacher)] * config.teacher.replicas
     students = [student_ask(config.student)] if student else []
     stack.enter_context(cluster(config.cluster, [*teachers, *students], supervise.temp_dir()))
-    _stop_on_signals(job.stop)
+    stop_on_signals(job.stop)
     groups = [stack.enter_context(reserve(ask, config.cluster.wait_seconds)) for ask in [*teachers, *students]]
     return Slots(groups[: len(teachers)], groups[-1] if students else None)
 
 
-def _stop_on_signals(stop: threading.Event) -> None:
-    """SIGTERM and SIGINT set ``stop`` from here on; Ray has installed a handler of its own when it started."""
+def stop_on_signals(stop: threading.Event) -> None:
+    """SIGTERM and SIGINT set ``stop`` from here on. Ray installs a handler of its own when it starts: call this after."""
 
     def ask(signum: int, frame: FrameType | None) -> None:
         stop.set()

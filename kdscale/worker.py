@@ -7,14 +7,12 @@
 
 import argparse
 import os
-import signal
 import sys
 import threading
 import time
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from kdscale import log, supervise
@@ -51,7 +49,7 @@ def train(config: RunConfig, given: argparse.Namespace) -> int:
     from kdscale.engine.checkpoint import find
     from kdscale.engine.settings import topology_of
     from kdscale.prepare import corpus_of, prepare, require_resumable, run_identity
-    from kdscale.start import ServedTeacher
+    from kdscale.start import ServedTeacher, stop_on_signals
     from kdscale.student.job import StudentJob
     from kdscale.student.worker import StudentSetup
     from kdscale.summary import make_summary, measure_models
@@ -64,7 +62,8 @@ def train(config: RunConfig, given: argparse.Namespace) -> int:
             f"the launcher started {world} ranks and student.parallel = {config.student.parallel.model_dump()} needs"
             f" {wanted}; change one of them (deepspeed --num_accelerators N, student.parallel.data=N)"
         )
-    stop = _stop_on_signals()
+    stop = threading.Event()
+    stop_on_signals(stop)
     display = Display(config.train.steps) if rank == 0 else None
 
     def emit(event: dict[str, Any]) -> None:
@@ -112,18 +111,6 @@ def train(config: RunConfig, given: argparse.Namespace) -> int:
         write_json(directory / "summary.json", summary)
         display.summary(summary)
     return 0
-
-
-def _stop_on_signals() -> threading.Event:
-    """SIGTERM and SIGINT ask every rank to save and leave at the end of its step."""
-    stop = threading.Event()
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGINT, ask)
-    return stop
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: saved whole or not at all, found again, verified, restored.
+"""Checkpoints: found again and verified. ``saver`` writes them, ``restore`` goes on from one.
 
 checkpoints/step-40/MANIFEST.json      what is here, of which run, at which step; signed, written last (``manifest``)
                     shards/...         DeepSpeed's files, one per rank and kind
@@ -15,9 +15,7 @@ from typing import Any
 from kdscale import log
 from kdscale.engine import manifest
 from kdscale.engine.manifest import Layout, key_of
-from kdscale.engine.saver import Saver
 from kdscale.engine.staging import by_age, set_aside, step_of
-from kdscale.engine.training import Engine
 from kdscale.errors import CheckpointError
 
 _LOG = log.get(__name__)
@@ -40,38 +38,6 @@ class Checkpoint:
     """Versions, instruction set and threads it was made with."""
     signed: bool
     """By the run's key; else that key was not there to check with."""
-
-
-def save(
-    engine: Engine,
-    root: Path,
-    step: int,
-    *,
-    identity: dict[str, Any],
-    notes: dict[str, Any],
-    rank: int,
-    world: int,
-    keep: int,
-    small: dict[str, bytes] | None = None,
-    limit_s: float = 600.0,
-) -> Path:
-    """Write ``root/step-N`` on storage that all ranks share, and wait for it; every rank calls it. ``saver.Saver`` does the
-    same beside the training. ``small`` are further files of this rank, by path inside the checkpoint.
-
-    ``small`` are further files of this rank, by path inside the checkpoint.
-
-    A rank whose write fails says so to the others, so none is left waiting; older checkpoints stay untouched.
-
-    Raises:
-        CheckpointError: on every rank, when any rank could not write.
-    """
-    saver = Saver(engine, root, step - 1, rank=rank, world=world, keep=keep, limit_s=limit_s)
-    saver.begin(step, identity=identity, notes=notes, small=small)
-    outcome = saver.wait()
-    assert outcome is not None
-    if outcome.fault:
-        raise CheckpointError(f"checkpoint step-{step} could not be written: {outcome.fault}")
-    return outcome.directory
 
 
 def verify(directory: Path) -> Checkpoint:

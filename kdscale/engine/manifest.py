@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kdscale.engine.durable import seal_of, write_durably
+from kdscale.durable import seal_of, write_durably
 from kdscale.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from kdscale import log
-from kdscale.engine.durable import sync_directory, write_durably
+from kdscale.durable import sync_directory, write_durably
 
 _LOG = log.get(__name__)
 _STEP = re.compile(r"step-(\d+)")

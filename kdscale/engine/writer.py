@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.utils.serialization import config as serialization
 
+from kdscale.durable import SealedFile, replace, require_space, seal, sync_directory, write_durably
 from kdscale.engine.capture import Captured
-from kdscale.engine.durable import SealedFile, replace, require_space, seal, sync_directory, write_durably
 from kdscale.engine.manifest import MANIFEST, Content, Entry, Layout, render, verify
 from kdscale.engine.staging import publish
 from kdscale.errors import CheckpointError

@@ -25,6 +25,7 @@ import xxhash
 
 from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.config.schema import RunConfig
+from kdscale.durable import write_durably
 from kdscale.errors import CoverageError, IdentityError, PayloadError, RecordingError
 from kdscale.head import Head
 from kdscale.spec import TargetSpec
@@ -232,7 +233,7 @@ def begin(directory: Path, provenance: Provenance) -> None:
         return
     with _writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(provenance.as_dict(), indent=1, sort_keys=True))
+        _write_json(path, provenance.as_dict())
 
 
 def save_head(directory: Path, head: Head) -> None:
@@ -252,7 +253,7 @@ def finish(directory: Path) -> None:
         for path in sorted(directory.glob("*.arrow")):
             with path.open("rb") as file:
                 hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        _write(directory / _MANIFEST, json.dumps({"version": 1, "sha256": hashes}, indent=1, sort_keys=True))
+        _write_json(directory / _MANIFEST, {"version": 1, "sha256": hashes})
 
 
 def require_provenance(directory: Path, expected: Provenance) -> None:
@@ -298,10 +299,5 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    write_durably(path, (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode())

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from kdscale.durable import seal_of
 from kdscale.engine.checkpoint import find, newest, verify
-from kdscale.engine.durable import seal_of
 from kdscale.engine.manifest import MANIFEST
 from kdscale.errors import CheckpointError
 from tests.distributed.launch import run_ranks

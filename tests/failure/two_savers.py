@@ -20,6 +20,8 @@ def main() -> None:
     saver = Saver(engine, root / "checkpoints", 0, rank=rank, world=world, keep=2, limit_s=60.0)
     for step in (1, 2):
         train(engine)
+        # Else both steps may have the same random state, and what is swapped with its like is not damaged.
+        torch.rand(1)
         saver.begin(step, identity={"seed": 1}, notes={"tokens": 100 * step})
         outcome = saver.wait()
         assert outcome is not None

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2] / "kdscale"
 LAYERS = [
     {"errors"},
-    {"spec", "credentials"},
+    {"spec", "credentials", "durable"},
     {"log", "config", "topology"},
     {"head", "metrics", "identity"},
     {"batch"},

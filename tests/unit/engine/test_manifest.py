@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kdscale.engine.durable import seal_of
+from kdscale.durable import seal_of
 from kdscale.engine.manifest import MANIFEST, Content, Entry, Layout, key_of, render, verify
 from kdscale.errors import CheckpointError
 

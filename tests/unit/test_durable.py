@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdscale.engine.durable import SealedFile, require_space, seal, seal_of, write_durably
+from kdscale.durable import SealedFile, require_space, seal, seal_of, write_durably
 
 
 def test_hash_of_what_was_written_is_the_hash_of_what_is_read(tmp_path: Path):
@@ -39,7 +39,7 @@ def test_a_full_disk_leaves_torch_s_writer_in_order(tmp_path: Path):
     code = f"""
 import resource, torch, sys
 from pathlib import Path
-from kdscale.engine.durable import SealedFile, seal
+from kdscale.durable import SealedFile, seal
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, {resource.RLIM_INFINITY}))
 path = Path(sys.argv[1])
 file = SealedFile(path, seal(1, 0, "x"), lambda: False)

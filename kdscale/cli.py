@@ -116,6 +116,23 @@ def record(
 
 
 @app.command(
+    epilog="Examples:  kdscale generate configs/modes/generated.yaml data/generated.jsonl  |  kdscale train"
+    " configs/modes/generated.yaml"
+)
+def generate(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="jsonl file to write; one begun earlier goes on")],
+    overrides: Overrides = None,
+) -> None:
+    """Let the teacher write on from the prompts of the training text, for students to learn from. Ctrl-C stops; the same
+    command goes on."""
+    settings = load_config(
+        config, [*(overrides or []), "targets.source=live", "targets.recording=null", f"run.name={out.name}"]
+    )
+    _drive("generate", settings, str(out), None)
+
+
+@app.command(
     name="eval",
     epilog="Examples:  kdscale eval configs/quickstart.yaml --model runs/quickstart/student  |  kdscale eval"
     " configs/quickstart.yaml --checkpoint runs/quickstart/checkpoints/step-40",

@@ -18,6 +18,7 @@ from kdscale.credentials import ACCESS_FILE
 from kdscale.display import Display
 from kdscale.engine.checkpoint import Checkpoint, find
 from kdscale.errors import KdscaleError, StudentError
+from kdscale.generate import generate
 from kdscale.prepare import Prepared, corpus_of, prepare, require_resumable, run_identity
 from kdscale.serve import join, record, serve
 from kdscale.start import Job, Slots, Stopped, Teacher, place, start_students, start_teacher
@@ -175,14 +176,17 @@ def main(flow: str, config_file: str, argument: str, endpoints: str = "") -> int
                 join(job, Path(argument))
             case "record":
                 record(job, Path(argument))
+            case "generate":
+                generate(job, Path(argument))
             case _:
-                raise ValueError(f"flow {flow!r}: train, evaluate, serve, join or record")
+                raise ValueError(f"flow {flow!r}: train, evaluate, serve, join, record or generate")
         return 0
     except Stopped as stopped:
         job.display.close()
         how_on = {
             "train": "; the same command goes on from the newest checkpoint",
             "record": "; the same command goes on",
+            "generate": "; the same command goes on",
         }.get(flow, "")
         print(f"kdscale: stopped, {stopped}{how_on}", file=sys.stderr)
         return supervise.INTERRUPTED

@@ -86,6 +86,8 @@ _KINDS: dict[str, Kind] = {
     "deepspeed.wall_clock_breakdown": "free",
     "deepspeed": "meaning",
     "stream": "free",
+    # What was generated is text like any other, and counts by its content.
+    "generate": "free",
     "checkpoint": "free",
     "evaluate": "free",
     "cluster": "free",

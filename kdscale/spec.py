@@ -46,3 +46,23 @@ class TargetSpec:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model writes on: with the prompt and its number, all that a continuation follows from."""
+
+    new_tokens: int
+    """Most tokens of a continuation."""
+    temperature: float = 1.0
+    """0: always the likeliest token."""
+    top_k: int = 0
+    """Draw among so many likeliest tokens; 0: among all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that hold this much of the probability."""
+    stop: tuple[str, ...] = ()
+    """Texts before which a continuation ends."""
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -17,6 +17,7 @@ from kdscale.cluster.placement import cluster, require_memory, reserve
 from kdscale.cluster.security import Authority, needs_tls
 from kdscale.config.schema import RunConfig
 from kdscale.config.sections import StreamSection
+from kdscale.credentials import Credentials
 from kdscale.display import Display
 from kdscale.engine.checkpoint import Checkpoint
 from kdscale.engine.process import address_in
@@ -192,21 +193,25 @@ def start_teacher(job: Job, prepared: Prepared, slots: Slots, stack: ExitStack) 
     return start_replicas(job, prepared, slots, directory, access, "replica", stack)
 
 
+def replica_setup(config: RunConfig, prepared: Prepared, token: str, credentials: Credentials | None) -> ReplicaSetup:
+    """What the ranks of the config's teacher are told."""
+    return ReplicaSetup(
+        teacher=config.teacher,
+        directory=str(prepared.teacher_directory.absolute()),
+        meaning=prepared.meaning,
+        network=config.stream.network,
+        token=token,
+        credentials=credentials,
+        deterministic=config.run.deterministic,
+    )
+
+
 def start_replicas(
     job: Job, prepared: Prepared, slots: Slots, registry: Registry, access: Access, name: str, stack: ExitStack
 ) -> OwnTeacher:
     """Let replicas ``name-0``, ``name-1``, ... load, to be known to ``registry``, which ``access`` opens."""
     job.display.phase("loading the teacher")
-    config = job.config
-    setup = ReplicaSetup(
-        teacher=config.teacher,
-        directory=str(prepared.teacher_directory.absolute()),
-        meaning=prepared.meaning,
-        network=config.stream.network,
-        token=access.token,
-        credentials=access.credentials,
-        deterministic=config.run.deterministic,
-    )
+    setup = replica_setup(job.config, prepared, access.token, access.credentials)
     guards = [ReplicaGuard(setup, group, registry, f"{name}-{n}") for n, group in enumerate(slots.teachers)]
     for guard in guards:
         stack.callback(guard.stop)

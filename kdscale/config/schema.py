@@ -11,6 +11,7 @@ from kdscale.config.sections import (
     ClusterSection,
     DataSection,
     EvaluateSection,
+    GenerateSection,
     LossSection,
     RunSection,
     StreamSection,
@@ -46,6 +47,8 @@ class RunConfig(Section):
     """The student's DeepSpeed config: path of a JSON file, or the same inline; kdscale fills in batch sizes."""
     stream: StreamSection = StreamSection()
     """Requests and listeners."""
+    generate: GenerateSection = GenerateSection()
+    """What ``kdscale generate`` writes."""
     checkpoint: CheckpointSection = CheckpointSection()
     """When to save."""
     evaluate: EvaluateSection = EvaluateSection()

@@ -250,6 +250,32 @@ class StreamSection(Section):
     """``auto``: teacher endpoints and directory use mutual TLS where ``network`` is not loopback; ``always``: there too."""
 
 
+class GenerateSection(Section):
+    """What ``kdscale generate`` lets the teacher write. A prompt is what stands before the first trained token of a training
+    document; plain text is cut into pieces of ``prompt_tokens`` + ``new_tokens``, and each begins with a prompt."""
+
+    prompt_tokens: int = Field(64, ge=1)
+    """Of plain text: tokens of a prompt (at most: a shorter text is one as a whole)."""
+    new_tokens: int = Field(128, ge=1)
+    """Most tokens of a continuation; one that is cut off there is learned without an end token."""
+    samples: int = Field(1, ge=1)
+    """Continuations of each prompt."""
+    limit: int | None = Field(None, ge=1)
+    """Most prompts; none: all."""
+    batch_rows: int = Field(16, ge=1)
+    """Continuations that one rank writes at a time."""
+    temperature: float = Field(1.0, ge=0, le=100)
+    """0: always the likeliest token."""
+    top_k: int = Field(0, ge=0)
+    """Draw among so many likeliest tokens; 0: among all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw among the likeliest tokens that hold this much of the probability."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field([])
+    """Texts before which a continuation ends."""
+    batch_seconds: float = Field(600, gt=0)
+    """A teacher that needs longer for one batch is lost, and started again (``teacher.restarts``)."""
+
+
 class CheckpointSection(Section):
     every_steps: int | None = Field(50, ge=1)
     """Save after this many steps (and after the last); ``null``: by ``every_seconds`` alone."""

@@ -88,7 +88,8 @@ def build_corpus(data: DataSection, tokenizer: Tokenizer, progress: Progress) ->
 def _fingerprint(data: DataSection, tokenizer: Tokenizer, progress: Progress) -> str:
     digest = hashlib.sha256()
     settings = data.model_dump(include={"loss_on", "append_eos", "heldout_every"})
-    digest.update(json.dumps([_VERSION, settings, tokenizer.fingerprint]).encode())
+    opening = tokenizer.encode("")
+    digest.update(json.dumps([_VERSION, settings, tokenizer.fingerprint, *([opening] if opening else [])]).encode())
     for part in (data.train, data.heldout):
         sources = find_sources(part)
         for done, source in enumerate(sources, start=1):
@@ -136,6 +137,10 @@ def _tokens(document: Document, data: DataSection, tokenizer: Tokenizer) -> tupl
             case "completion":
                 prompt = tokenizer.encode(document.prompt)
                 answer = tokenizer.encode(document.text)
+                # What opens a text opens the document, not its second half.
+                opening = tokenizer.encode("")
+                if opening and answer[: len(opening)] == opening:
+                    answer = answer[len(opening) :]
                 ids, trained = prompt + answer, [everything] * len(prompt) + [True] * len(answer)
             case "messages":
                 ids, trained = tokenizer.render(document.messages)
@@ -143,7 +148,7 @@ def _tokens(document: Document, data: DataSection, tokenizer: Tokenizer) -> tupl
                 return ids, trained
     except DataError as error:
         raise DataError(f"{document.place}: {error}") from error
-    if data.append_eos:
+    if data.append_eos and document.ends:
         assert tokenizer.eos_id is not None
         ids, trained = [*ids, tokenizer.eos_id], [*trained, True]
     return ids, trained

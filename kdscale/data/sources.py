@@ -27,6 +27,8 @@ class Document:
     """The text, or the completion."""
     prompt: str = ""
     messages: list[dict[str, Any]] = field(default_factory=list)
+    ends: bool = True
+    """Whether the document is over where its text is; one that was cut off (``"ends": false``) gets no end token."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,10 @@ def _document(row: Any, place: str) -> Document:
             raise DataError(f"{place}: messages is empty")
         return Document("messages", place, messages=messages)
     if row.get("prompt") is not None and row.get("completion") is not None:
-        return Document("completion", place, _text(row, "completion", place), _text(row, "prompt", place))
+        answer, prompt = _text(row, "completion", place), _text(row, "prompt", place)
+        return Document("completion", place, answer, prompt, ends=_ends(row, place))
     if row.get("text") is not None:
-        return Document("text", place, _text(row, "text", place))
+        return Document("text", place, _text(row, "text", place), ends=_ends(row, place))
     raise DataError(f"{place}: none of {_FIELDS} in {', '.join(map(str, row)) or 'an empty object'}")
 
 
@@ -189,3 +192,10 @@ def _text(row: dict[str, Any], name: str, place: str) -> str:
     if not value.strip() and name != "prompt":
         raise DataError(f"{place}: {name} is empty")
     return value
+
+
+def _ends(row: dict[str, Any], place: str) -> bool:
+    value = row.get("ends")
+    if not (value is None or isinstance(value, bool)):
+        raise DataError(f"{place}: ends is {value!r}, it must be true or false")
+    return value is not False

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, with what the tokenizer itself puts around it and nothing else."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, special tokens written out."""
         ...
 
     def render(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
@@ -87,6 +92,9 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, verbose=False)["input_ids"])
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     def render(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
         if not self._tokenizer.chat_template:
             raise DataError("messages need a chat template, and the tokenizer has none; use prompt + completion")
@@ -144,6 +152,9 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(self._processor.EncodeAsIds(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._processor.DecodeIds([int(one) for one in ids]))
 
     def render(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
         raise DataError(

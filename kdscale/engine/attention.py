@@ -9,6 +9,8 @@ queries meets the keys from the beginning of its first document (or window) on, 
 computed again in the backward, so that memory grows with L alone (Dao et al., arXiv 2205.14135).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,19 @@ def attend_by_document(model: PreTrainedModel) -> None:
         and not getattr(config, "use_bidirectional_attention", False)
     ):
         model.set_attn_implementation(_NAME)
+
+
+@contextmanager
+def attend_by_kernel(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, ``model`` computes attention by torch's kernel, as continuations with a cache need it."""
+    ours = model.config._attn_implementation == _NAME
+    if ours:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if ours:
+            model.set_attn_implementation(_NAME)
 
 
 @dataclass(frozen=True)

@@ -260,20 +260,23 @@ def require_provenance(directory: Path, expected: Provenance) -> None:
     """Raises: RecordingError when there is none; IdentityError naming every field that differs."""
     path = directory / _PROVENANCE
     try:
-        stored = json.loads(path.read_text())
-        flat = _flat(stored)
+        differ = differences(json.loads(path.read_text()), expected.as_dict())
     except (OSError, ValueError, AttributeError) as error:
         raise RecordingError(
             f"{directory} is no recording ({error}); make one with `kdscale record CONFIG {directory}`"
         ) from error
-    wanted = _flat(expected.as_dict())
-    differ = [
-        f"{name}: recorded {flat.get(name)!r}, now {wanted.get(name)!r}"
-        for name in sorted(flat.keys() | wanted.keys())
-        if flat.get(name) != wanted.get(name)
-    ]
     if differ:
         raise IdentityError(f"{directory} is a recording of something else: {'; '.join(differ)}")
+
+
+def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """A line for every field that differs, by dotted name."""
+    then, now = _flat(stored), _flat(wanted)
+    return [
+        f"{name}: recorded {then.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,10 +11,13 @@ from kdscale import log
 from kdscale.config.sections import TeacherSection
 from kdscale.credentials import Credentials
 from kdscale.errors import TeacherError
+from kdscale.spec import Sampling
 from kdscale.stream.protocol import Meaning
 from kdscale.teacher.counters import Beat, Counters
 
 if TYPE_CHECKING:
+    from kdscale.data.tokenizer import Tokenizer
+    from kdscale.engine.generation import Continuation, Prompt
     from kdscale.stream.server import TargetServer
     from kdscale.teacher.rank import RankScorer
 
@@ -42,7 +45,8 @@ class ReplicaSetup:
 
 class TeacherRank:
     """The actor. Its methods are called in this order: open_store (rank 0), join, build, open_sequencer (rank 0),
-    open_endpoint, serve; beat from build on; then stop."""
+    open_endpoint, serve; beat from build on; then stop. A rank that generates text is called ``generate`` in place of what
+    follows ``build``."""
 
     def __init__(self, rank: int, world: int) -> None:
         log.setup(f"teacher {rank}")
@@ -51,6 +55,7 @@ class TeacherRank:
         self._member = process.Member(rank, world)
         self._scorer: RankScorer | None = None
         self._server: TargetServer | None = None
+        self._tokenizer: Tokenizer | None = None
 
     def open_store(self, network: str) -> tuple[str, int]:
         return self._member.open_store(network)
@@ -73,7 +78,7 @@ class TeacherRank:
         dtype = process.resolve_dtype(setup.teacher.dtype, self._device)
         name = str(dtype).removeprefix("torch.")
         inference = InferenceModel(setup.directory, teacher_settings(self._member.world, name), dtype, self._device)
-        self._setup = setup
+        self._setup, self._inference = setup, inference
         self._model = TeacherModel(inference, setup.meaning.vocab_size, self._device)
         self._facts = {
             "parameters_held": inference.parameters_held(),
@@ -133,6 +138,26 @@ class TeacherRank:
             raise TeacherError(f"no memory is left for an answer ({error}); give the rank's node more") from error
         return Beat(self._scorer.counters, self._scorer.forward_seconds(), self._server.in_flight)
 
+    def generate(self, prompts: "list[Prompt]", sampling: Sampling) -> "list[Continuation]":
+        """Continuations of this rank's share of a batch; every rank of the replica is called, also without a share."""
+        from kdscale.data.tokenizer import load_tokenizer
+        from kdscale.engine.generation import write_on
+
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._setup.directory)
+        model = self._inference.model
+        ends = _ends(getattr(model, "generation_config", None), self._tokenizer.eos_id)
+        vocab_size = self._setup.meaning.vocab_size
+        return write_on(model, prompts, sampling, vocab_size, ends, self._tokenizer.decode, self._device)
+
     def stop(self) -> None:
         """Rank 0: deal no further forward."""
         self._lockstep_server.stop()
+
+
+def _ends(generation_config: Any, eos_id: int | None) -> list[int]:
+    """The tokens that end a text, by the model's own account or the tokenizer's."""
+    named = getattr(generation_config, "eos_token_id", None)
+    if named is None:
+        named = [] if eos_id is None else [eos_id]
+    return list(named) if isinstance(named, list) else [named]

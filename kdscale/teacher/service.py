@@ -1,7 +1,7 @@
 """One generation of the teacher: started, watched, stopped as one unit. ``guard.py`` makes the next one."""
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -11,10 +11,14 @@ from kdscale.cluster.placement import Ask
 from kdscale.cluster.ranks import Heartbeats, RankGroup, form_group
 from kdscale.config.sections import TeacherSection
 from kdscale.errors import TeacherError
+from kdscale.spec import Sampling
 from kdscale.stream.directory import Registry
 from kdscale.stream.protocol import Endpoint
 from kdscale.teacher.counters import NOTHING_YET, Beat, Counters
 from kdscale.teacher.replica import ReplicaSetup, TeacherRank
+
+if TYPE_CHECKING:
+    from kdscale.engine.generation import Continuation, Prompt
 
 _LOG = log.get(__name__)
 _BEAT_S = 0.5
@@ -69,11 +73,9 @@ class TeacherReplica:
         Raises:
             TeacherError: a rank failed, fell silent, or was not ready within ``teacher.load_seconds``.
         """
-        teacher, ranks = self._setup.teacher, self._ranks
-        built = ranks.gather(self._building, "build", teacher.load_seconds, self._listen)
-        total, held = built[0]["parameters"], [one["parameters_held"] for one in built]
-        _require_sharded(total, held)
-        limit_s, first = teacher.start_seconds, ranks.actors[0]
+        built = self.built()
+        ranks, first = self._ranks, self._ranks.actors[0]
+        limit_s = self._setup.teacher.start_seconds
         sequencer = ranks.gather([first.open_sequencer.remote()], "open_sequencer", limit_s, self._listen)[0]
         addresses = ranks.all(
             *("open_endpoint", sequencer, self.name, self.generation, self.counters),
@@ -87,10 +89,35 @@ class TeacherReplica:
             "teacher serves at %s (generation %d): %.1f M parameters, %s M per rank, %s",
             ", ".join(addresses),
             self.generation,
-            total / 1e6,
-            " + ".join(f"{one / 1e6:.1f}" for one in held),
+            built[0]["parameters"] / 1e6,
+            " + ".join(f"{one['parameters_held'] / 1e6:.1f}" for one in built),
             built[0]["dtype"],
         )
+
+    def built(self) -> list[dict[str, Any]]:
+        """Wait until every rank is built; returns their facts. Raises: TeacherError."""
+        built = self._ranks.gather(self._building, "build", self._setup.teacher.load_seconds, self._listen)
+        _require_sharded(built[0]["parameters"], [one["parameters_held"] for one in built])
+        return built
+
+    def generate(
+        self, shares: "list[list[Prompt]]", sampling: Sampling, limit_s: float, stopping: threading.Event
+    ) -> "list[list[Continuation]]":
+        """Continuations of one batch, by rank; the group is built and does not serve.
+
+        Raises:
+            TeacherError: a rank died, failed, fell silent, or took longer than ``limit_s``; also when ``stopping`` is set.
+        """
+
+        def watch() -> None:
+            self._heartbeats.answers(self._setup.teacher.heartbeat_seconds, "teacher.heartbeat_seconds")
+            if stopping.is_set():
+                raise TeacherError(f"{self.name} was stopped while it was writing")
+
+        calls = [
+            actor.generate.remote(share, sampling) for actor, share in zip(self._ranks.actors, shares, strict=True)
+        ]
+        return self._ranks.gather(calls, "generate", limit_s, watch)
 
     def watch(self, stopping: threading.Event) -> None:
         """Return when ``stopping`` is set.

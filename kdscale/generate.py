@@ -1,0 +1,298 @@
+"""Text that the teacher writes, for students to learn from (sequence-level distillation: Kim & Rush 2016, arXiv 1606.07947).
+
+OUT.provenance.json    what wrote it: teacher, tokenizer, prompts, sampling; written first
+OUT.partial            finished batches so far, a line for each continuation
+OUT                    the same, whole
+"""
+
+import json
+import os
+import queue
+import secrets
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdscale.cluster.security import Authority, needs_tls
+from kdscale.config.schema import RunConfig
+from kdscale.config.sections import GenerateSection
+from kdscale.data.corpus import Corpus, Split
+from kdscale.data.tokenizer import Tokenizer
+from kdscale.durable import sync_directory, write_durably
+from kdscale.engine.generation import Continuation, Prompt
+from kdscale.engine.models import load_config
+from kdscale.errors import DataError, IdentityError
+from kdscale.prepare import Prepared, corpus_of, prepare
+from kdscale.spec import Sampling
+from kdscale.start import Job, Stopped, place, replica_setup
+from kdscale.stream.recording import differences
+from kdscale.teacher.author import Author
+
+_POLL_S = 0.25
+
+
+def generate(job: Job, out: Path) -> None:
+    """Let the teacher write on from the prompts of the training text, into ``out``; what is there already is kept.
+
+    Raises: KdscaleError, Stopped.
+    """
+    config, prepared = job.config, prepare(job.config)
+    corpus = corpus_of(config, prepared, job.display.count)
+    prompts = prompts_of(corpus.train, config.generate, prepared.tokenizer.eos_id)
+    _require_room(prompts, config, prepared)
+    rows = config.generate.batch_rows * config.teacher.ranks
+    writing = Writing(out, provenance(config, prepared, corpus), rows, len(prompts))
+    if writing.whole:
+        job.display.close()
+        print(f"{out} is whole already")
+        return
+    with ExitStack() as stack:
+        stack.callback(writing.close)
+        slots = place(job, stack, student=False)
+        credentials = Authority().issue() if needs_tls(config.stream) else None
+        sampling = sampling_of(config)
+        setup = replica_setup(config, prepared, secrets.token_hex(32), credentials)
+        authors: queue.SimpleQueue[Author] = queue.SimpleQueue()
+        for number, group in enumerate(slots.teachers):
+            author = Author(setup, group, f"replica-{number}", config.generate, sampling, job.stop)
+            stack.callback(author.kill)
+            authors.put(author)
+        job.display.phase("loading the teacher")
+        _write_all(job, prompts, prepared.tokenizer, authors, len(slots.teachers), writing)
+    job.display.close()
+    print(
+        f"{out}: {writing.lines} continuations of {len(prompts)} prompts; {writing.left_out} empty ones were left out"
+    )
+
+
+def _write_all(
+    job: Job,
+    prompts: list[Prompt],
+    tokenizer: Tokenizer,
+    authors: "queue.SimpleQueue[Author]",
+    replicas: int,
+    writing: "Writing",
+) -> None:
+    """Every replica has a batch in hand; batches are written in their order. Raises: TeacherError, Stopped."""
+    opening, stop = tokenizer.encode(""), tuple(job.config.generate.stop)
+
+    def one(batch: list[Prompt]) -> list[Continuation]:
+        author = authors.get()
+        try:
+            return author.write(batch)
+        finally:
+            authors.put(author)
+
+    with ThreadPoolExecutor(replicas, thread_name_prefix="author") as pool:
+        window: deque[tuple[list[Prompt], Future[list[Continuation]]]] = deque()
+        waiting = _batches(prompts, writing.first, writing.rows)
+        try:
+            while True:
+                while len(window) < 2 * replicas and (batch := next(waiting, None)) is not None:
+                    window.append((batch, pool.submit(one, batch)))
+                if not window:
+                    break
+                batch, future = window.popleft()
+                found = [
+                    line(*pair, tokenizer, opening, stop) for pair in zip(batch, _result(future, job), strict=True)
+                ]
+                writing.add(found)
+                job.display.count(batch[-1].number + 1, len(prompts), "writing on from prompt")
+        finally:
+            job.stop.set()  # whatever ends this ends the batches in hand
+            pool.shutdown(wait=False, cancel_futures=True)
+    writing.finish()
+
+
+def _result(future: "Future[list[Continuation]]", job: Job) -> list[Continuation]:
+    while True:
+        try:
+            return future.result(timeout=_POLL_S)
+        except NotYet:
+            if job.stop.is_set():
+                raise Stopped("finished batches are kept") from None
+
+
+class Writing:
+    """The file as it grows, by whole batches."""
+
+    def __init__(self, out: Path, provenance: dict[str, Any], rows: int, total: int) -> None:
+        """Raises: IdentityError when something else has written there; DataError when it cannot be written."""
+        self._out, self._partial, self.rows = out, out.with_name(f"{out.name}.partial"), rows
+        self.whole = out.exists()
+        self.first = self.lines = self.left_out = 0
+        """Number of the first continuation to write; lines written; empty continuations, of which there are no lines."""
+        self._file: Any = None
+        about = out.with_name(f"{out.name}.provenance.json")
+        try:
+            self._begin(about, provenance, total)
+        except OSError as error:
+            raise DataError(f"{out} cannot be written: {error}") from error
+
+    def _begin(self, about: Path, provenance: dict[str, Any], total: int) -> None:
+        if about.is_file():
+            try:
+                differ = differences(json.loads(about.read_text()), provenance)
+            except ValueError as error:
+                raise DataError(f"{about} is damaged ({error}); remove it and what it is about") from error
+            if differ:
+                raise IdentityError(f"{self._out} is being written from something else: {'; '.join(differ)}")
+        elif self.whole or self._partial.exists():
+            raise IdentityError(f"{self._out} is there, but not what wrote it ({about}); name another file")
+        if self.whole:
+            return
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(about, (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
+        kept = self._kept()
+        self._file = self._partial.open("r+b" if self._partial.exists() else "xb")
+        self._file.truncate(sum(len(one) for one in kept))
+        self._file.seek(0, os.SEEK_END)
+        self.lines = len(kept)
+        self.left_out = self.first - self.lines
+        if self.first > total:
+            raise DataError(f"{self._partial} holds more than the {total} continuations that are asked for")
+
+    def _kept(self) -> list[bytes]:
+        """The lines of whole batches. Of the last one it is not known whether it is whole: it is written again."""
+        if not self._partial.exists():
+            return []
+        lines = self._partial.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        try:
+            numbers = [json.loads(one)["number"] for one in lines]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self._partial} is damaged ({error!r}); remove it to write all again") from error
+        self.first = numbers[-1] // self.rows * self.rows if numbers else 0
+        return [one for one, number in zip(lines, numbers, strict=True) if number < self.first]
+
+    def add(self, batch: list[dict[str, Any] | None]) -> None:
+        """Raises: DataError."""
+        found = [one for one in batch if one is not None]
+        self.lines, self.left_out = self.lines + len(found), self.left_out + len(batch) - len(found)
+        try:
+            self._file.write("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise DataError(f"{self._partial} cannot be written: {error}; finished batches stay good") from error
+
+    def finish(self) -> None:
+        """The file appears under its name."""
+        if not self.lines:
+            raise DataError(f"the teacher ended every text at once: nothing to write into {self._out}")
+        self.close()
+        self._partial.rename(self._out)
+        sync_directory(self._out.parent)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+# ---- pure ----
+
+
+def prompts_of(split: Split, section: GenerateSection, eos_id: int | None) -> list[Prompt]:
+    """A prompt for each continuation to write. Raises: DataError when the text has none."""
+    found: list[tuple[int, ...]] = []
+    for index in range(len(split)):
+        ids, trained = split.document(index)
+        for ids_P in _openings(ids, trained, section, eos_id):
+            if section.limit is not None and len(found) == section.limit:
+                break
+            found.append(tuple(ids_P.tolist()))
+    if not found:
+        raise DataError("data.train holds no prompt: no token stands before what is trained on")
+    return [
+        Prompt(ids, number * section.samples + sample)
+        for number, ids in enumerate(found)
+        for sample in range(section.samples)
+    ]
+
+
+def _openings(
+    ids: np.ndarray, trained: np.ndarray, section: GenerateSection, eos_id: int | None
+) -> Iterator[np.ndarray]:
+    if not trained.all():
+        first = int(trained.argmax()) if trained.any() else len(ids)
+        if first:
+            yield ids[:first]
+        return
+    if len(ids) and ids[-1] == eos_id:
+        ids = ids[:-1]
+    most = section.prompt_tokens
+    for start in range(0, max(len(ids) - most, 0) + 1, most + section.new_tokens):
+        if len(piece := ids[start : start + most]):
+            yield piece
+
+
+def _batches(prompts: list[Prompt], first: int, rows: int) -> Iterator[list[Prompt]]:
+    for start in range(first, len(prompts), rows):
+        yield prompts[start : start + rows]
+
+
+def line(
+    prompt: Prompt, written: Continuation, tokenizer: Tokenizer, opening: list[int], stop: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """A document of prompt and completion as ``kdscale train`` reads it; none when nothing was written."""
+    text = tokenizer.decode(written.ids)
+    places = [place for one in stop if (place := text.find(one)) >= 0]
+    if places:
+        text = text[: min(places)]
+    if not text.strip():
+        return None
+    ids = prompt.ids
+    if opening and list(ids[: len(opening)]) == opening:
+        ids = ids[len(opening) :]  # which the tokenizer puts there itself
+    return {
+        "number": prompt.number,
+        "prompt": tokenizer.decode(ids),
+        "completion": text,
+        "ends": written.finish != "length",
+    }
+
+
+def sampling_of(config: RunConfig) -> Sampling:
+    section = config.generate
+    return Sampling(
+        new_tokens=section.new_tokens,
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        stop=tuple(section.stop),
+        seed=config.run.seed,
+    )
+
+
+def provenance(config: RunConfig, prepared: Prepared, corpus: Corpus) -> dict[str, Any]:
+    """All that the text follows from, but for the rounding of another machine."""
+    section, meaning = config.generate, prepared.meaning
+    fields = {
+        "version": 1,
+        "teacher": meaning.teacher,
+        "tokenizer": meaning.tokenizer,
+        "corpus": corpus.fingerprint,
+        "prompts": section.model_dump(include={"prompt_tokens", "samples", "limit"}),
+        "rows": [section.batch_rows, config.teacher.ranks],
+        "sampling": sampling_of(config).as_dict(),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(fields))
+    return plain
+
+
+def _require_room(prompts: list[Prompt], config: RunConfig, prepared: Prepared) -> None:
+    """Raises: DataError when prompt and continuation are longer than the teacher can read."""
+    most = getattr(load_config(prepared.teacher_directory).get_text_config(), "max_position_embeddings", None)
+    longest, new = max(len(one.ids) for one in prompts), config.generate.new_tokens
+    if most is not None and longest + new > most:
+        raise DataError(
+            f"a prompt of {longest} tokens and generate.new_tokens = {new} are more than the {most} positions of"
+            f" {config.teacher.model}; lower generate.new_tokens, or cut the prompts"
+        )

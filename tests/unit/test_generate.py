@@ -1,0 +1,115 @@
+"""Prompts out of documents, lines of continuations, and the file as it grows."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdscale.config.sections import GenerateSection
+from kdscale.engine.generation import Continuation, Prompt
+from kdscale.errors import DataError, IdentityError
+from kdscale.generate import Writing, line, prompts_of
+
+EOS = 1
+
+
+class Documents:
+    """What ``prompts_of`` reads of a corpus."""
+
+    def __init__(self, *documents: tuple[list[int], list[bool]]) -> None:
+        self._documents = documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, trained = self._documents[index]
+        return np.array(ids, np.int32), np.array(trained)
+
+
+def prompts(*documents: tuple[list[int], list[bool]], **settings: Any) -> list[Prompt]:
+    section = GenerateSection(**{"prompt_tokens": 3, "new_tokens": 2, **settings})
+    return prompts_of(Documents(*documents), section, EOS)  # type: ignore[arg-type]
+
+
+def plain(*ids: int) -> tuple[list[int], list[bool]]:
+    return list(ids), [True] * len(ids)
+
+
+def test_plain_text_is_cut_into_pieces_that_begin_with_prompts():
+    found = prompts(plain(*range(10, 23), EOS))
+    assert [one.ids for one in found] == [(10, 11, 12), (15, 16, 17), (20, 21, 22)]
+    assert [one.number for one in found] == [0, 1, 2]
+    assert [one.ids for one in prompts(plain(7, EOS))] == [(7,)], "a short text is a prompt as a whole"
+
+
+def test_of_a_conversation_the_prompt_is_what_is_not_trained_on():
+    found = prompts(([5, 6, 7, 8, 9], [False, False, False, False, True]))
+    assert [one.ids for one in found] == [(5, 6, 7, 8)]
+
+
+def test_samples_and_limit():
+    found = prompts(plain(*range(10, 40)), samples=2, limit=2)
+    assert [(one.number, one.ids[0]) for one in found] == [(0, 10), (1, 10), (2, 15), (3, 15)]
+
+
+def test_no_prompt_is_an_error():
+    with pytest.raises(DataError, match="no prompt"):
+        prompts(([5], [True])[:0] or ([EOS], [True]))
+
+
+def test_a_line_is_a_document_of_prompt_and_completion():
+    tokenizer: Any = SimpleNamespace(decode=lambda ids: "".join(f" {one}" for one in ids))
+    written = Continuation((7, 8, 9), "stop")
+    assert line(Prompt((3, 5), 4), written, tokenizer, [3], (" 8", " 9")) == {
+        **{"number": 4, "prompt": " 5", "completion": " 7", "ends": True}
+    }
+    cut = line(Prompt((5,), 4), Continuation((7,), "length"), tokenizer, [], ())
+    assert cut is not None
+    assert cut["ends"] is False
+    assert line(Prompt((5,), 4), Continuation((8,), "stop"), tokenizer, [], (" 8",)) is None, "nothing is left"
+
+
+def entry(number: int) -> dict[str, Any]:
+    return {"number": number, "prompt": "a", "completion": f"b{number}", "ends": True}
+
+
+def test_a_file_goes_on_after_its_last_whole_batch(tmp_path: Path):
+    out = tmp_path / "out.jsonl"
+    writing = Writing(out, {"teacher": "t"}, 2, 6)
+    writing.add([entry(0), None])
+    writing.add([entry(2), entry(3)])
+    writing.close()
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_bytes(partial.read_bytes() + b'{"number": 4, "pro')  # torn by a kill
+
+    again = Writing(out, {"teacher": "t"}, 2, 6)
+    assert (again.first, again.lines, again.left_out) == (2, 1, 1)
+    again.add([entry(2), entry(3)])
+    again.add([entry(4), entry(5)])
+    assert not out.exists()
+    again.finish()
+    assert [json.loads(one)["number"] for one in out.read_text().splitlines()] == [0, 2, 3, 4, 5]
+    assert not partial.exists()
+    assert Writing(out, {"teacher": "t"}, 2, 6).whole
+
+
+def test_what_something_else_has_written_is_refused(tmp_path: Path):
+    out = tmp_path / "out.jsonl"
+    Writing(out, {"sampling": {"top_p": 1.0}}, 2, 6).close()
+    with pytest.raises(IdentityError, match=r"sampling\.top_p: recorded 1\.0, now 0\.5"):
+        Writing(out, {"sampling": {"top_p": 0.5}}, 2, 6)
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    with pytest.raises(IdentityError, match="name another file"):
+        Writing(tmp_path / "other.jsonl", {}, 2, 6)
+
+
+def test_damage_is_named(tmp_path: Path):
+    out = tmp_path / "out.jsonl"
+    Writing(out, {}, 2, 6).close()
+    (tmp_path / "out.jsonl.partial").write_text("nonsense\n")
+    with pytest.raises(DataError, match="damaged"):
+        Writing(out, {}, 2, 6)

@@ -22,7 +22,7 @@ from kdscale.generate import generate
 from kdscale.prepare import Prepared, corpus_of, prepare, require_resumable, run_identity
 from kdscale.serve import join, record, serve
 from kdscale.start import Job, Slots, Stopped, Teacher, place, start_students, start_teacher
-from kdscale.stream.recording import Provenance, require_provenance
+from kdscale.stream.recording import Provenance, begin, require_provenance
 from kdscale.student.service import StudentGroup
 from kdscale.summary import make_summary, measure_models
 from kdscale.waits import POLL_S, look, ready, show
@@ -46,7 +46,8 @@ def train(job: Job, resume: str) -> None:
         dump_resolved(config, job.directory / "config.yaml")
         if config.targets.recording is not None:
             wanted = Provenance.of(config, prepared.meaning, identity["corpus"])
-            require_provenance(Path(config.targets.recording), wanted)
+            agree = require_provenance if config.targets.source == "recording" else begin
+            agree(Path(config.targets.recording), wanted)
         student = config.student
         restarts = Restarts(student.restarts, student.restart_wait_seconds, student.restart_forget_seconds)
         while True:
@@ -143,7 +144,7 @@ def watch(job: Job, teacher: Teacher, students: StudentGroup) -> dict[str, Any]:
             job.display.phase("stopping after the step in progress")
             students.ask_to_stop()
             deadline = time.monotonic() + grace_s
-        if any(event["kind"] == "leaving" for event in events):
+        if any(event["kind"] in ("leaving", "recorded") for event in events):
             teacher.release()
         if deadline is not None and time.monotonic() > deadline:
             raise Stopped(f"nothing was saved within cluster.grace_seconds = {grace_s:g}")

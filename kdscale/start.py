@@ -26,6 +26,7 @@ from kdscale.estimate import host_memory
 from kdscale.prepare import Prepared
 from kdscale.stream.directory import DirectoryServer, Registry, list_endpoints
 from kdscale.stream.protocol import Access, require_same_meaning
+from kdscale.stream.recording import needs_no_teacher
 from kdscale.student.service import StudentGroup, student_ask
 from kdscale.student.worker import StudentSetup
 from kdscale.teacher.guard import ReplicaGuard
@@ -154,7 +155,7 @@ class Slots:
 def place(job: Job, stack: ExitStack, *, student: bool = True) -> Slots:
     """Join or start the cluster and reserve places on it. Raises: PlacementError."""
     config = job.config
-    elsewhere = job.teacher_endpoints is not None or config.targets.source == "recording"
+    elsewhere = job.teacher_endpoints is not None or needs_no_teacher(config.targets)
     if config.cluster.address is None and not config.student.gpus_per_rank:
         needed = host_memory(config, teacher=not elsewhere, student=student)
         if needed is not None:
@@ -181,7 +182,7 @@ def stop_on_signals(stop: threading.Event) -> None:
 def start_teacher(job: Job, prepared: Prepared, slots: Slots, stack: ExitStack) -> Teacher:
     """Let all replicas load, without waiting for the end of it."""
     config = job.config
-    if config.targets.source == "recording":
+    if needs_no_teacher(config.targets):
         return RecordedTeacher()
     if job.teacher_endpoints is not None:
         return ServedTeacher(job.teacher_endpoints, config.stream, prepared)

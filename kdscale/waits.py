@@ -15,7 +15,7 @@ def show(events: list[dict[str, Any]], display: Display) -> None:
         match event["kind"]:
             case "step":
                 display.step(StepMetrics(**event["metrics"]))
-            case "phase" | "leaving":
+            case "phase" | "leaving" | "recorded":
                 display.phase(event["phase"])
             case "checkpoint":
                 display.phase(event["text"])

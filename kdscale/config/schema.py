@@ -103,14 +103,14 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _recording(self) -> "RunConfig":
         targets, temperature = self.targets, self.loss.temperature
-        if (targets.source == "recording") != (targets.recording is not None):
+        if (targets.source != "live") != (targets.recording is not None):
             state = (
-                "is missing: the directory that `kdscale record` has filled"
+                "is missing: the directory that `kdscale record` has filled, or that live+record fills"
                 if targets.recording is None
                 else "is not read"
             )
             raise ValueError(f"targets.source = {targets.source}: targets.recording {state}")
-        if targets.source == "recording" and targets.payload != "hidden" and len(set(ends(temperature))) > 1:
+        if targets.source != "live" and targets.payload != "hidden" and len(set(ends(temperature))) > 1:
             raise ValueError(
                 f"loss.temperature changes during the run, but a recording of targets.payload = {targets.payload} holds one"
                 " temperature; use a constant one, or targets.payload: hidden"

@@ -175,10 +175,11 @@ class TargetsSection(Section):
     encoding: Literal["auto"] | Encoding = "auto"
     """How numbers travel: float16 or uint8 (topk, sampled), uint4 (topk; ids sorted, the fewest bytes), bfloat16 or int8
     (hidden), float32 (dense). auto: the first that is named here for the payload."""
-    source: Literal["live", "recording"] = "live"
-    """live: asked of the served teacher; recording: read from ``recording``, without a teacher."""
+    source: Literal["live", "recording", "live+record"] = "live"
+    """live: asked of the served teacher; recording: read from ``recording``, without a teacher; live+record: asked of the
+    teacher and kept in ``recording`` during the first epoch, after which the teacher is let go."""
     recording: str | None = None
-    """Directory that ``kdscale record`` has filled."""
+    """Directory that ``kdscale record`` has filled, or that ``live+record`` fills."""
     sampler: Sampler = "threshold"
     """How ``sampled`` draws. threshold: likely tokens exactly, the others by systematic sampling; replacement:
     independent draws (arXiv 2503.16870)."""

@@ -80,7 +80,7 @@ def write_on(
     )
     criteria = StoppingCriteriaList([_AtText(sampling.stop, columns, decode)] if sampling.stop else [])
     with attend_by_kernel(model):
-        written_RL = model.generate(
+        written_RL: torch.Tensor = model.generate(  # type: ignore[operator]
             ids_RL.to(device),
             attention_mask=seen_RL.to(device),
             generation_config=settings,

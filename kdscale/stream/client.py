@@ -42,7 +42,7 @@ class FlightSource:
     ) -> None:
         """``by_row``: ask for each row by a request of its own, so that its targets depend, to the last bit, on nothing else."""
         self._access = access
-        self._by_row = by_row
+        self.by_row = by_row
         self._meaning = meaning
         self._settings = settings
         self._who = who
@@ -57,7 +57,7 @@ class FlightSource:
     # ---- the contract ----
 
     def fetch(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
-        if self._by_row and batch.num_rows > 1:
+        if self.by_row and batch.num_rows > 1:
             return SoftTargets.join([self.fetch(row, spec) for row in batch.rows()])
 
         def receive(line: Line, header: Header) -> SoftTargets:

@@ -25,6 +25,7 @@ import xxhash
 
 from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.config.schema import RunConfig
+from kdscale.config.sections import TargetsSection
 from kdscale.durable import write_durably
 from kdscale.errors import CoverageError, IdentityError, PayloadError, RecordingError
 from kdscale.head import Head
@@ -167,14 +168,21 @@ class Recording:
         part, tokens = row
         return (part, row_key(tokens)) in self._places
 
+    def holds(self, row: TokenBatch, spec: TargetSpec) -> bool:
+        """Whether ``fetch`` has the targets of ``spec`` for a batch of one row."""
+        return self._place(row_key(row), spec) is not None
+
+    def _place(self, key: bytes, spec: TargetSpec) -> tuple[Path, int] | None:
+        expected = target_schema(spec, self._meaning.vocab_size, self._meaning.hidden_size)
+        for part in ("train", "heldout"):
+            place = self._places.get((part, key))
+            if place is not None and self._readers[place[0]].schema.equals(expected, check_metadata=True):
+                return place
+        return None
+
     def __len__(self) -> int:
         """Rows, of all parts."""
         return len(self._places)
-
-    @property
-    def whole(self) -> bool:
-        """Whether recording came to its end."""
-        return (self._directory / _MANIFEST).is_file()
 
     def fetch(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
         """See ``TargetSource``; from the held-out part for ``hidden`` rows that the training part lacks.
@@ -188,10 +196,7 @@ class Recording:
     def _row(self, row: TokenBatch, spec: TargetSpec) -> SoftTargets:
         key = row_key(row)
         expected = target_schema(spec, self._meaning.vocab_size, self._meaning.hidden_size)
-        for part in ("train", "heldout"):
-            place = self._places.get((part, key))
-            if place is None or not self._readers[place[0]].schema.equals(expected, check_metadata=True):
-                continue
+        if (place := self._place(key, spec)) is not None:
             batch, metadata = self._readers[place[0]].get_batch_with_custom_metadata(place[1])
             arrow.check(batch, expected)
             if arrow.checksum(batch, {"key": key.hex()}) != metadata[b"checksum"].decode():
@@ -218,6 +223,23 @@ class Recording:
 
     def close(self) -> None:
         self._readers.clear()
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether recording into ``directory`` came to its end."""
+    return (directory / _MANIFEST).is_file()
+
+
+def needs_no_teacher(targets: TargetsSection) -> bool:
+    """Whether all targets that a run asks for are recorded already."""
+    match targets.source:
+        case "live":
+            return False
+        case "recording":
+            return True
+        case "live+record":
+            assert targets.recording is not None
+            return is_whole(Path(targets.recording))
 
 
 def begin(directory: Path, provenance: Provenance) -> None:

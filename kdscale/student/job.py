@@ -25,13 +25,15 @@ from kdscale.engine.settings import batch_cut, student_dtype, student_settings, 
 from kdscale.engine.shards import index_files
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
-from kdscale.evaluate.quality import NO_SUMS, Quality, TeacherView, quality, quality_sums, teacher_view
+from kdscale.evaluate.quality import HIDDEN, NO_SUMS, Quality, TeacherView, quality, quality_sums, teacher_view
 from kdscale.head import Head
 from kdscale.metrics import MetricsFile, StepMetrics
 from kdscale.stream.client import FlightSource
+from kdscale.stream.filling import Filling
 from kdscale.stream.protocol import Access
-from kdscale.stream.recording import Provenance, Recording
+from kdscale.stream.recording import Provenance, Recording, needs_no_teacher
 from kdscale.stream.source import TeacherSource
+from kdscale.student.keeping import Keeping
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
 from kdscale.student.module import flatten_batch
 from kdscale.student.resume import WAYS, go_on_from, require_one_environment
@@ -85,6 +87,7 @@ class StudentJob:
         self._notes: dict[str, Any] = {}
         self._metrics: MetricsFile | None = None
         self._saving: Saving | None = None
+        self._keeping: Keeping | None = None
         if setup.resume_from is not None:
             found = checkpoints.verify(Path(setup.resume_from))
             way, self._notes = go_on_from(
@@ -131,6 +134,8 @@ class StudentJob:
         source = self._source(access, corpus)
         cut, packing, columns = batch_cut(config), config.data.packing, config.data.row_tokens
         loader = Loader(corpus.train, packing, columns, cut.rows, config.run.seed)
+        if isinstance(source, Filling):
+            self._keeping = Keeping(source, config, loader, corpus, self._rank, self._device, self._emit)
         trainer = Trainer(
             config,
             loader,
@@ -187,12 +192,26 @@ class StudentJob:
         return report
 
     def _source(self, access: Access | None, corpus: Corpus) -> TeacherSource:
-        """The served teacher, or without ``access`` the recorded one."""
+        """The served teacher, the recorded one, or the one that is being recorded."""
         config, meaning, who = self._config, self._setup.meaning, f"student-{self._rank}"
-        if access is not None:
-            return FlightSource(access, meaning, config.stream, who, by_row=config.run.deterministic)
-        assert config.targets.recording is not None
-        return Recording(Path(config.targets.recording), Provenance.of(config, meaning, corpus.fingerprint))
+        targets = config.targets
+        if needs_no_teacher(targets):
+            assert targets.recording is not None
+            return Recording(Path(targets.recording), Provenance.of(config, meaning, corpus.fingerprint))
+        assert access is not None
+        live = FlightSource(access, meaning, config.stream, who, by_row=config.run.deterministic)
+        if targets.source == "live":
+            return live
+        assert targets.recording is not None
+        return Filling(
+            live,
+            Path(targets.recording),
+            Provenance.of(config, meaning, corpus.fingerprint),
+            meaning=meaning,
+            row_tokens=config.data.row_tokens,
+            heldout=HIDDEN,
+            rank=self._rank,
+        )
 
     def _text(self) -> tuple[Tokenizer, Corpus]:
         """Tokenizer and corpus; the driver has tokenized it, so this finds it in the cache."""
@@ -207,6 +226,8 @@ class StudentJob:
         needs_head = config.loss.soft and config.targets.payload == "hidden"
         measures = config.evaluate.quality and self._holds_loss
         head = source.fetch_head() if (needs_head and (self._holds_loss or self._rank == 0)) or measures else None
+        if head is not None and isinstance(source, Filling) and self._topology.data_rank(self._rank) == 0:
+            source.save_head(head)
         if needs_head and self._holds_loss and head is not None:
             self._student.head.teacher_head = head.to(self._device)
         batches = self._held_out(corpus) if config.evaluate.quality else []
@@ -226,6 +247,8 @@ class StudentJob:
         if self._metrics is not None:
             self._metrics.write(metrics)
         self._emit({"kind": "step", "metrics": metrics.as_dict()})
+        if self._keeping is not None:
+            self._keeping.after_step(metrics.step)
 
     def _phase(self, name: str) -> None:
         self._emit({"kind": "phase", "phase": name})

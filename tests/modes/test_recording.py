@@ -1,11 +1,13 @@
 """A corpus scored once, and students that learn from the record."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.runs import assert_nothing_left, run, start, wait_for_file, write_config
+from tests.failure.runs import ranks_of
+from tests.runs import assert_nothing_left, finish, run, start, wait_for_file, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -58,4 +60,37 @@ def test_what_was_recorded_otherwise_is_refused(tmp_path: Path, teacher_dir: Pat
     assert run("train", str(config), *recorded, "data.heldout_tokens=96", log=log) == 0, log.read_text()
     assert run("train", str(config), *recorded, "evaluate.quality=true", "run.name=other", log=log) == 1
     assert "CoverageError" in log.read_text(), "held-out rows were not recorded"
+    assert_nothing_left()
+
+
+def test_the_first_epoch_fills_a_recording_and_lets_the_teacher_go(tmp_path: Path, teacher_dir: Path, text_dir: Path):
+    """Two student ranks that each keep what they ask for; losses are those of live training. Then no teacher is started."""
+    sections = {
+        "run": {"deterministic": True},
+        "train": {"steps": 24},
+        "student": {"layers": [0, 3], "parallel": {"data": 2}},
+    }
+    config = write_config(tmp_path, teacher_dir, text_dir, **sections)
+    log, runs, out = tmp_path / "log", tmp_path / "runs", tmp_path / "out"
+    assert run("train", str(config), "run.name=live", log=log) == 0, log.read_text()
+    filling = ["targets.source=live+record", f"targets.recording={out}"]
+    process = start("train", str(config), "run.name=filling", *filling, log=log)
+    wait_for_file(out / "MANIFEST.json", process, log)
+    deadline = time.monotonic() + 15
+    while ranks_of("TeacherRank"):
+        assert time.monotonic() < deadline, "the teacher was not let go"
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    assert finish(process, log) == 0, log.read_text()
+    assert "the recording is whole: letting the teacher go" in log.read_text()
+    assert losses(runs / "filling") == losses(runs / "live")
+    kept, live = (json.loads((runs / name / "summary.json").read_text()) for name in ("filling", "live"))
+    assert kept["teacher_ranks"] == 2, "as of when it was let go"
+    assert (kept["kl_before"], kept["kl_after"]) == (live["kl_before"], live["kl_after"])
+    assert max(kept["teacher_tokens_per_rank"]) < max(live["teacher_tokens_per_rank"])
+
+    assert run("train", str(config), "run.name=again", *filling, log=log) == 0, log.read_text()
+    again = json.loads((runs / "again" / "summary.json").read_text())
+    assert again["teacher_ranks"] == 0
+    assert losses(runs / "again") == losses(runs / "live")
     assert_nothing_left()

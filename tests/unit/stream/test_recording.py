@@ -18,6 +18,7 @@ from kdscale.stream.recording import (
     RecordingWriter,
     begin,
     finish,
+    is_whole,
     row_key,
     save_head,
 )
@@ -59,7 +60,7 @@ def test_recorded_targets_are_the_served_ones(teacher: Teacher, tmp_path: Path):
     rows = batch(rows=ROWS)
     record(teacher, tmp_path / "out", rows)
     recording = Recording(tmp_path / "out", provenance(teacher))
-    assert recording.whole
+    assert is_whole(tmp_path / "out")
     assert len(recording) == ROWS
     # Another order, number and cut than it was recorded in.
     shuffled = replace(
@@ -77,7 +78,7 @@ def test_recording_goes_on_after_a_kill_and_ends_the_same(teacher: Teacher, tmp_
     record(teacher, whole, rows)
     record(teacher, halves, rows, stop_after=stop_after)
     before = Recording(halves, provenance(teacher))
-    assert not before.whole
+    assert not is_whole(halves)
     assert len(before) == stop_after // 2 * 2, "what stood in an unfinished shard is not counted"
     record(teacher, halves, rows)
     files = {path.name: path.read_bytes() for path in whole.iterdir()}

@@ -11,6 +11,7 @@ from rich.console import Console
 from kdscale import __version__, log, supervise
 from kdscale.config import RunConfig, load_config
 from kdscale.config.anchor import anchored
+from kdscale.config.finetune import load_finetune
 from kdscale.config.load import dump_resolved
 from kdscale.credentials import ACCESS_FILE
 from kdscale.errors import ConfigError, KdscaleError
@@ -36,6 +37,10 @@ AllowChanged = Annotated[
     ),
 ]
 TeacherEndpoints = Annotated[
+Resume = Annotated[
+    str,
+    typer.Option(help="auto: the newest whole checkpoint of the run; never: from zero; or a checkpoint's PATH"),
+]
     Path | None,
     typer.Option(help="access file that `kdscale teacher` wrote; none starts a teacher for this run alone"),
 ]
@@ -59,10 +64,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="print the vers
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[
-        str,
-        typer.Option(help="auto: the newest whole checkpoint of the run; never: from zero; or a checkpoint's PATH"),
-    ] = "auto",
+    resume: Resume = "auto",
     allow_changed: AllowChanged = None,
     teacher_endpoints: TeacherEndpoints = None,
 ) -> None:
@@ -71,6 +73,21 @@ def train(
 
 
 @app.command(
+@app.command(
+    epilog="Examples:  kdscale finetune configs/modes/finetune.yaml  |  kdscale finetune my.yaml"
+    " student.model=runs/quickstart/student data.train=[task/*.jsonl]"
+)
+def finetune(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Resume = "auto",
+    allow_changed: AllowChanged = None,
+) -> None:
+    """Train a model from a directory on task data: `train` with the true labels alone, without a teacher. Ctrl-C saves; the
+    same command goes on."""
+    _drive("train", load_finetune(config, [*(overrides or []), *_allowing(allow_changed)]), resume, None)
+
+
     epilog="Examples:  kdscale teacher configs/quickstart.yaml --write runs/teacher.json  |  kdscale train"
     " configs/quickstart.yaml --teacher-endpoints runs/teacher.json  |  kdscale teacher configs/quickstart.yaml --join"
     " runs/quickstart"

@@ -113,8 +113,8 @@ class ServedTeacher:
         return []
 
 
-class RecordedTeacher:
-    """No teacher: its targets were recorded, and the students read them."""
+class NoTeacher:
+    """Nobody serves: the targets were recorded, and the students read them, or there are none."""
 
     serves = True
     access = None
@@ -129,7 +129,7 @@ class RecordedTeacher:
         return []
 
 
-Teacher = OwnTeacher | ServedTeacher | RecordedTeacher
+Teacher = OwnTeacher | ServedTeacher | NoTeacher
 
 
 def load_access(access_file: Path, stream: StreamSection) -> Access:
@@ -146,14 +146,14 @@ def load_access(access_file: Path, stream: StreamSection) -> Access:
 @dataclass(frozen=True)
 class Slots:
     teachers: list[PlacementGroup]
-    """One a replica; none where somebody else serves the teacher, or it was recorded."""
+    """One a replica; none where somebody else serves the teacher, or nobody does."""
     student: PlacementGroup | None
 
 
 def place(job: Job, stack: ExitStack, *, student: bool = True) -> Slots:
     """Join or start the cluster and reserve places on it. Raises: PlacementError."""
     config = job.config
-    elsewhere = job.teacher_endpoints is not None or config.targets.source == "recording"
+    elsewhere = job.teacher_endpoints is not None or config.targets.source != "live"
     if config.cluster.address is None and not config.student.gpus_per_rank:
         needed = host_memory(config, teacher=not elsewhere, student=student)
         if needed is not None:
@@ -180,8 +180,8 @@ def stop_on_signals(stop: threading.Event) -> None:
 def start_teacher(job: Job, prepared: Prepared, slots: Slots, stack: ExitStack) -> Teacher:
     """Let all replicas load, without waiting for the end of it."""
     config = job.config
-    if config.targets.source == "recording":
-        return RecordedTeacher()
+    if config.targets.source != "live":
+        return NoTeacher()
     if job.teacher_endpoints is not None:
         return ServedTeacher(job.teacher_endpoints, config.stream, prepared)
     token = secrets.token_hex(32)

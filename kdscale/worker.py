@@ -118,8 +118,8 @@ def main() -> None:
     log.setup(f"student {os.environ.get('RANK', '')}")
     try:
         config = anchored(load_config(given.config, given.overrides), Path.cwd())
-        if config.targets.source == "recording":
-            raise ConfigError("targets.source = recording needs no served teacher; use `kdscale train`")
+        if config.targets.source != "live":
+            raise ConfigError(f"targets.source = {config.targets.source} needs no served teacher; use `kdscale train`")
         lock = Path(config.run.dir) / config.run.name / ".train.lock"
         with supervise.only_one(lock) if os.environ.get("RANK") == "0" else nullcontext():
             code = train(config, given)

@@ -175,8 +175,9 @@ class TargetsSection(Section):
     encoding: Literal["auto"] | Encoding = "auto"
     """How numbers travel: float16 or uint8 (topk, sampled), uint4 (topk; ids sorted, the fewest bytes), bfloat16 or int8
     (hidden), float32 (dense). auto: the first that is named here for the payload."""
-    source: Literal["live", "recording"] = "live"
-    """live: asked of the served teacher; recording: read from ``recording``, without a teacher."""
+    source: Literal["live", "recording", "none"] = "live"
+    """live: asked of the served teacher; recording: read from ``recording``, without a teacher; none: the true labels alone
+    (``loss.hard_weight: 1``), and of ``teacher.model`` only what tokenizer and ``student.init`` need of it."""
     recording: str | None = None
     """Directory that ``kdscale record`` has filled."""
     sampler: Sampler = "threshold"

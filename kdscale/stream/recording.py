@@ -200,7 +200,7 @@ class Recording:
             return decode(batch, spec, self._meaning.vocab_size)
         raise CoverageError(
             f"{self._directory} holds {len(self)} rows, and not row {row.ids_RL[0, :8].tolist()}... of batch {row.number} as"
-            f" {spec.payload}; go on recording until it is whole (`kdscale record`), or train with targets.source=live+record"
+            f" {spec.payload}; go on recording until it is whole (`kdscale record`), or train with targets.source=live"
         )
 
     def fetch_head(self) -> Head:

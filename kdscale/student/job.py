@@ -25,13 +25,13 @@ from kdscale.engine.settings import batch_cut, student_dtype, student_settings, 
 from kdscale.engine.shards import index_files
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
-from kdscale.evaluate.quality import NO_SUMS, Quality, TeacherView, quality, quality_sums, teacher_view
+from kdscale.evaluate.quality import NO_SUMS, Quality, TeacherView, label_sums, quality, quality_sums, teacher_view
 from kdscale.head import Head
 from kdscale.metrics import MetricsFile, StepMetrics
 from kdscale.stream.client import FlightSource
 from kdscale.stream.protocol import Access
 from kdscale.stream.recording import Provenance, Recording
-from kdscale.stream.source import TeacherSource
+from kdscale.stream.source import NoTargets, TeacherSource
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
 from kdscale.student.module import flatten_batch
 from kdscale.student.resume import WAYS, go_on_from, require_one_environment
@@ -46,7 +46,7 @@ _HELD_OUT_ROWS = 2
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """This rank's share of the held-out text, and the teacher's side of it where the loss is held."""
+    """This rank's share of the held-out text, and the teacher's side of it where the loss is held and there is a teacher."""
 
     batches: list[TokenBatch]
     view: TeacherView | None
@@ -110,6 +110,11 @@ class StudentJob:
     @property
     def _holds_loss(self) -> bool:
         return self._topology.holds_loss(self._rank)
+
+    @property
+    def _has_teacher(self) -> bool:
+        """Served or recorded."""
+        return self._config.targets.source != "none"
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -187,10 +192,12 @@ class StudentJob:
         return report
 
     def _source(self, access: Access | None, corpus: Corpus) -> TeacherSource:
-        """The served teacher, or without ``access`` the recorded one."""
+        """The served teacher, or without ``access`` the recorded one, or none."""
         config, meaning, who = self._config, self._setup.meaning, f"student-{self._rank}"
         if access is not None:
             return FlightSource(access, meaning, config.stream, who, by_row=config.run.deterministic)
+        if config.targets.source == "none":
+            return NoTargets()
         assert config.targets.recording is not None
         return Recording(Path(config.targets.recording), Provenance.of(config, meaning, corpus.fingerprint))
 
@@ -205,7 +212,7 @@ class StudentJob:
         """The canary on ``row``; meanwhile the teacher scores the held-out text."""
         config = self._config
         needs_head = config.loss.soft and config.targets.payload == "hidden"
-        measures = config.evaluate.quality and self._holds_loss
+        measures = config.evaluate.quality and self._holds_loss and self._has_teacher
         head = source.fetch_head() if (needs_head and (self._holds_loss or self._rank == 0)) or measures else None
         if needs_head and self._holds_loss and head is not None:
             self._student.head.teacher_head = head.to(self._device)
@@ -216,9 +223,10 @@ class StudentJob:
                 assert head is not None
                 view = beside.submit(teacher_view, batches, source, head, config.stream.in_flight, self._device)
             report = {"canary": self._canary(row, source, head)}
-            self._phase("scoring held-out text by the teacher")
             if not config.evaluate.quality:
                 return report, None
+            if self._has_teacher:
+                self._phase("scoring held-out text by the teacher")
             return report, _HeldOut(batches, None if view is None else view.result())
 
     def _step_done(self, metrics: StepMetrics) -> None:
@@ -237,6 +245,8 @@ class StudentJob:
         rows = self._config.evaluate.canary_rows
         if self._rank != 0:
             return ""
+        if not self._has_teacher:
+            return "not checked: no teacher (targets.source = none)"
         if rows == 0:
             return "not checked: evaluate.canary_rows = 0"
         if self._config.targets.payload == "sampled" and self._config.targets.source == "recording":
@@ -267,10 +277,11 @@ class StudentJob:
     def _quality(self, held_out: _HeldOut) -> Quality:
         hidden = self._student.hidden(held_out.batches)
         sums = NO_SUMS
-        if held_out.view is not None:
+        if self._holds_loss:
             with whole_head(self._student) as head:
-                sums = quality_sums(hidden, head, held_out.view)
-        return quality(process.sum_over_ranks(sums.to(self._device, copy=True)).cpu())
+                view = held_out.view
+                sums = label_sums(hidden, head, held_out.batches) if view is None else quality_sums(hidden, head, view)
+        return quality(process.sum_over_ranks(sums.to(self._device, copy=True)).cpu(), teacher=self._has_teacher)
 
     # ---- what stays ----
 

@@ -36,11 +36,11 @@ AllowChanged = Annotated[
         " loss.temperature,train.lr"
     ),
 ]
-TeacherEndpoints = Annotated[
 Resume = Annotated[
     str,
     typer.Option(help="auto: the newest whole checkpoint of the run; never: from zero; or a checkpoint's PATH"),
 ]
+TeacherEndpoints = Annotated[
     Path | None,
     typer.Option(help="access file that `kdscale teacher` wrote; none starts a teacher for this run alone"),
 ]
@@ -73,7 +73,6 @@ def train(
 
 
 @app.command(
-@app.command(
     epilog="Examples:  kdscale finetune configs/modes/finetune.yaml  |  kdscale finetune my.yaml"
     " student.model=runs/quickstart/student data.train=[task/*.jsonl]"
 )
@@ -88,6 +87,7 @@ def finetune(
     _drive("train", load_finetune(config, [*(overrides or []), *_allowing(allow_changed)]), resume, None)
 
 
+@app.command(
     epilog="Examples:  kdscale teacher configs/quickstart.yaml --write runs/teacher.json  |  kdscale train"
     " configs/quickstart.yaml --teacher-endpoints runs/teacher.json  |  kdscale teacher configs/quickstart.yaml --join"
     " runs/quickstart"

@@ -107,14 +107,14 @@ class RunConfig(Section):
                 else "is not read"
             )
             raise ValueError(f"targets.source = {targets.source}: targets.recording {state}")
-        if targets.source == "recording" and targets.payload != "hidden" and len(set(ends(temperature))) > 1:
-            raise ValueError(
-                f"loss.temperature changes during the run, but a recording of targets.payload = {targets.payload} holds one"
         if targets.source == "none" and self.loss.soft:
             raise ValueError(
                 f"targets.source = none has no teacher to learn from, and loss.hard_weight = {self.loss.hard_weight} asks for"
                 " one; set loss.hard_weight: 1, or targets.source: live"
             )
+        if targets.source == "recording" and targets.payload != "hidden" and len(set(ends(temperature))) > 1:
+            raise ValueError(
+                f"loss.temperature changes during the run, but a recording of targets.payload = {targets.payload} holds one"
                 " temperature; use a constant one, or targets.payload: hidden"
             )
         return self

@@ -87,6 +87,7 @@ _KINDS: dict[str, Kind] = {
     "deepspeed": "meaning",
     "stream": "free",
     "checkpoint": "free",
+    "export": "free",
     "evaluate": "free",
     "cluster": "free",
     # What only a prepared run and its ranks know.

@@ -11,6 +11,7 @@ from kdscale.config.sections import (
     ClusterSection,
     DataSection,
     EvaluateSection,
+    ExportSection,
     LossSection,
     RunSection,
     StreamSection,
@@ -48,6 +49,8 @@ class RunConfig(Section):
     """Requests and listeners."""
     checkpoint: CheckpointSection = CheckpointSection()
     """When to save."""
+    export: ExportSection = ExportSection()
+    """How the student is written."""
     evaluate: EvaluateSection = EvaluateSection()
     """What to measure."""
     cluster: ClusterSection = ClusterSection()

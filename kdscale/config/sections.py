@@ -274,6 +274,15 @@ class CheckpointSection(Section):
         return self
 
 
+class ExportSection(Section):
+    shard_gib: float = Field(5.0, gt=0)
+    """A student of more GiB of weights is exported in several safetensors files of at most so many."""
+
+    @property
+    def shard_bytes(self) -> int:
+        return int(self.shard_gib * 2**30)
+
+
 class EvaluateSection(Section):
     quality: bool = True
     """Measure held-out quality before and after, through the served teacher."""

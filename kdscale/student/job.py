@@ -324,7 +324,7 @@ class StudentJob:
         directory = self._directory / "student"
         state = self._student.whole_state()
         if self._rank == 0:
-            write_model(self._student.model, state, directory, save_tokenizer)
+            write_model(self._student.model, state, directory, save_tokenizer, self._config.export.shard_bytes)
         process.barrier()
         hidden = self._student.hidden([row])
         # On one rank: the largest difference, and the largest logit.

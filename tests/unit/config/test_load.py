@@ -64,6 +64,7 @@ def test_resolved_config_round_trips(file: Path, tmp_path: Path):
         ("targets.payload=everything", r"targets.payload = 'everything'"),
         ("student.layers=null", r"student.layers is missing"),
         ("student.model=x", r"student.model is not read"),
+        ("export.shard_gib=0", r"export.shard_gib = 0: input should be greater than 0"),
         ("deepspeed=nowhere.json", r"no such file beside the config"),
         ("train.warmup_steps=100", r"must be below train.steps"),
     ],

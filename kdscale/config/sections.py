@@ -11,6 +11,8 @@ from kdscale.config.section import Section
 from kdscale.spec import DivergenceName, Encoding, Payload, Sampler
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+"""How a GGUF file stores matrices. q8_0: 8 bits an element, and a scale for each 32."""
 Temperature = Annotated[Scheduled, AfterValidator(within(lambda v: 0.05 <= v <= 100, "lie in [0.05, 100]"))]
 Share = Annotated[Scheduled, AfterValidator(within(lambda v: 0 <= v <= 1, "lie in [0, 1]"))]
 OpenShare = Annotated[Scheduled, AfterValidator(within(lambda v: 0 < v < 1, "lie strictly between 0 and 1"))]

@@ -3,7 +3,7 @@
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -11,7 +11,9 @@ from rich.console import Console
 from kdscale import __version__, log, supervise
 from kdscale.config import RunConfig, load_config
 from kdscale.config.anchor import anchored
+from kdscale.config.finetune import load_finetune
 from kdscale.config.load import dump_resolved
+from kdscale.config.sections import GgufType
 from kdscale.credentials import ACCESS_FILE
 from kdscale.errors import ConfigError, KdscaleError
 
@@ -34,6 +36,10 @@ AllowChanged = Annotated[
         help="settings (or sections), separated by commas, that may differ from the checkpoint's, for instance"
         " loss.temperature,train.lr"
     ),
+]
+Resume = Annotated[
+    str,
+    typer.Option(help="auto: the newest whole checkpoint of the run; never: from zero; or a checkpoint's PATH"),
 ]
 TeacherEndpoints = Annotated[
     Path | None,
@@ -59,15 +65,27 @@ def root(version: Annotated[bool, typer.Option("--version", help="print the vers
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[
-        str,
-        typer.Option(help="auto: the newest whole checkpoint of the run; never: from zero; or a checkpoint's PATH"),
-    ] = "auto",
+    resume: Resume = "auto",
     allow_changed: AllowChanged = None,
     teacher_endpoints: TeacherEndpoints = None,
 ) -> None:
     """Train a student from a served teacher. Ctrl-C saves; the same command goes on."""
     _drive("train", load_config(config, [*(overrides or []), *_allowing(allow_changed)]), resume, teacher_endpoints)
+
+
+@app.command(
+    epilog="Examples:  kdscale finetune configs/modes/finetune.yaml  |  kdscale finetune my.yaml"
+    " student.model=runs/quickstart/student data.train=[task/*.jsonl]"
+)
+def finetune(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Resume = "auto",
+    allow_changed: AllowChanged = None,
+) -> None:
+    """Train a model from a directory on task data: `train` with the true labels alone, without a teacher. Ctrl-C saves; the
+    same command goes on."""
+    _drive("train", load_finetune(config, [*(overrides or []), *_allowing(allow_changed)]), resume, None)
 
 
 @app.command(
@@ -159,22 +177,49 @@ def evaluate(
 
 
 @app.command(
-    epilog="Examples:  kdscale export configs/quickstart.yaml  |  kdscale export configs/quickstart.yaml --checkpoint"
-    " runs/quickstart/checkpoints/step-40 --out exported"
+    epilog="Examples:  kdscale export configs/quickstart.yaml  |  kdscale export runs/quickstart --format gguf --type q8_0  |"
+    "  kdscale export runs/quickstart/student --format gguf --out student.gguf"
 )
 def export(
-    config: ConfigFile,
+    source: Annotated[
+        Path, typer.Argument(metavar="CONFIG|RUN|MODEL", help="YAML config, a run's directory, or a model directory")
+    ],
     overrides: Overrides = None,
     checkpoint: Annotated[str, typer.Option(help="auto: the newest of the run; or a checkpoint's PATH")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="directory to write (default: runs/NAME/student)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="what to write (default: runs/NAME/student, or student-TYPE.gguf beside it)")
+    ] = None,
+    form: Annotated[
+        Literal["hf", "gguf"],
+        typer.Option("--format", help="hf: a Hugging Face directory; gguf: one file, for llama.cpp and its like"),
+    ] = "hf",
+    kind: Annotated[
+        GgufType | None,
+        typer.Option("--type", help="numbers of a GGUF file (default: the model's own); q8_0 takes 8 bits"),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="text to measure a GGUF file on (default: the run's held-out text), as data.heldout takes it"
+        ),
+    ] = None,
 ) -> None:
-    """Write a checkpoint's student as a Hugging Face model directory that plain transformers loads."""
-    settings = load_config(config, overrides)
-    with Console(stderr=True).status("reading the checkpoint"):
-        from kdscale.offline import export_checkpoint
+    """Write a checkpoint's student as a Hugging Face model directory, or it or any model directory as a GGUF file."""
+    if form == "hf" and (kind is not None or text):
+        raise ConfigError("--type and --text are about GGUF files; add --format gguf")
+    is_model = (source / "config.json").is_file()
+    if is_model and (form == "hf" or overrides or checkpoint != "auto"):
+        raise ConfigError(f"{source} is a model directory: all there is to do with it is --format gguf")
+    settings = None if is_model else load_config(source / "config.yaml" if source.is_dir() else source, overrides)
+    with Console(stderr=True).status("exporting"):
+        if form == "gguf":
+            from kdscale.deploy import to_gguf
 
-        written = export_checkpoint(settings, checkpoint, out)
-    print(written)
+            print(to_gguf(source if settings is None else settings, checkpoint, out, kind, text).line())
+        elif settings is not None:
+            from kdscale.offline import export_checkpoint
+
+            print(export_checkpoint(settings, checkpoint, out))
 
 
 @app.command(epilog="Examples:  kdscale show configs/quickstart.yaml  |  kdscale show my.yaml teacher.ranks=8")

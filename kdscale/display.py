@@ -102,8 +102,9 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for column in ("", "teacher", "student before", "student after"):
         table.add_column(column, justify="left" if not column else "right")
     million, mib = 1e6, 2**20
-    table.add_row("KL to the teacher (nats/token)", "0", number("kl_before"), number("kl_after"))
-    table.add_row("top-1 agreement", "1", number("top1_agreement_before"), number("top1_agreement_after"))
+    if summary.get("kl_after") is not None:
+        table.add_row("KL to the teacher (nats/token)", "0", number("kl_before"), number("kl_after"))
+        table.add_row("top-1 agreement", "1", number("top1_agreement_before"), number("top1_agreement_after"))
     table.add_row(
         "perplexity",
         number("perplexity_teacher", "{:.1f}"),

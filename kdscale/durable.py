@@ -86,6 +86,12 @@ def replace(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     aside.rename(path)
 
 
+def sync_file(path: Path) -> None:
+    """Make what was written to ``path`` durable. Raises: OSError."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in ``path`` durable. Raises: OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

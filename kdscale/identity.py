@@ -89,6 +89,7 @@ _KINDS: dict[str, Kind] = {
     # What was generated is text like any other, and counts by its content.
     "generate": "free",
     "checkpoint": "free",
+    "export": "free",
     "evaluate": "free",
     "cluster": "free",
     # What only a prepared run and its ranks know.

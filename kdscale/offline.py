@@ -30,5 +30,5 @@ def export_checkpoint(config: RunConfig, checkpoint: str, out: Path | None) -> P
     load_checkpoint_weights(model, found)
     written = out or run / "student"
     tokenizer = load_tokenizer(config.data.tokenizer or str(directory))
-    write_model(model, dict(model.state_dict()), written, tokenizer.save)
+    write_model(model, dict(model.state_dict()), written, tokenizer.save, config.export.shard_bytes)
     return written

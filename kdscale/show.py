@@ -18,6 +18,7 @@ from kdscale.estimate import (
     student_parameters,
     teacher_memory,
 )
+from kdscale.stream.whole import needs_no_teacher
 from kdscale.targets.layout import row_bytes
 
 UNKNOWN = "unknown"
@@ -47,13 +48,15 @@ def _layout(config: RunConfig) -> Table:
     ranks = topology_of(parallel).world
     sharding = f"ZeRO-3 over {teacher.ranks} ranks" if teacher.ranks > 1 else "one rank, not sharded"
     replicas = f"{teacher.replicas} replicas: " if teacher.replicas > 1 else ""
-    table.add_row("teacher", f"{replicas}{sharding}; {teacher.cpus_per_rank} CPU, {teacher.gpus_per_rank} GPU each")
+    live = not needs_no_teacher(config.targets)
+    each = f"{replicas}{sharding}; {teacher.cpus_per_rank} CPU, {teacher.gpus_per_rank} GPU each"
+    table.add_row("teacher", each if live else f"starts none: targets.source = {config.targets.source}")
     table.add_row(
         "student",
         f"{parallel.pipeline} pipeline x {parallel.data} data = {ranks} ranks, ZeRO-{config.zero_stage};"
         f" {student.cpus_per_rank} CPU, {student.gpus_per_rank} GPU each",
     )
-    teachers = teacher.replicas * teacher.ranks
+    teachers = teacher.replicas * teacher.ranks if live else 0
     cpus = teachers * teacher.cpus_per_rank + ranks * student.cpus_per_rank
     table.add_row("in all", f"{cpus} CPU, {teachers * teacher.gpus_per_rank + ranks * student.gpus_per_rank} GPU")
     return table
@@ -72,10 +75,12 @@ def _batches(config: RunConfig) -> Table:
 def _memory(config: RunConfig, files: ModelFiles) -> Table:
     table = _table("estimated memory (activations not counted)")
     teacher, student = config.teacher, config.student
-    for name, size in teacher_memory(files, teacher.ranks, item_bytes(teacher.dtype, teacher.gpus_per_rank)).items():
-        table.add_row(f"teacher: {name}", _size(size))
+    if not needs_no_teacher(config.targets):
+        width = item_bytes(teacher.dtype, teacher.gpus_per_rank)
+        for name, size in teacher_memory(files, teacher.ranks, width).items():
+            table.add_row(f"teacher: {name}", _size(size))
+        table.add_row("teacher: parameters", _count(files.parameters))
     parameters, trained = student_parameters(student, files)
-    table.add_row("teacher: parameters", _count(files.parameters))
     table.add_row("student: parameters", f"{_count(parameters)}, {_count(trained)} of them trained")
     if parameters is None or trained is None:
         table.add_row("student: model states per rank", UNKNOWN)

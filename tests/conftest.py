@@ -38,14 +38,16 @@ def documents(count: int) -> list[str]:
     ]
 
 
-def make_tokenizer(directory: Path, *, vocab_size: int = 300, chat: bool = True) -> Path:
+def make_tokenizer(directory: Path, *, vocab_size: int = 300, chat: bool = True, every_byte: bool = False) -> Path:
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     special = ["<unk>", "<eos>", "<|user|>", "<|assistant|>", "<|end|>"]
-    backend.train_from_iterator(
-        documents(40), trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if every_byte else []
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
+    backend.train_from_iterator(documents(40), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,16 +20,37 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         ConfigError: unreadable file, unknown key (with the nearest name and its line), bad value, or a combination of
             values that cannot work.
     """
+    given = read_fields(path, overrides)
+    return checked(given.fields, given)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a user wrote, before it is checked."""
+
+    fields: dict[str, Any]
+    places: dict[str, str]
+    """Where each dotted key stands."""
+    path: Path
+
+
+def read_fields(path: str | Path, overrides: list[str] | None = None) -> Given:
+    """The mapping in ``path`` with overrides laid over it. Raises: ConfigError."""
     path = Path(path)
     fields, lines = _read_yaml(path)
     for override in overrides or []:
         key = _apply(fields, override)
         lines[key] = f"override {override!r}"
-    fields["deepspeed"] = _deepspeed(fields.get("deepspeed"), path.parent)
+    return Given(fields, lines, path)
+
+
+def checked(fields: dict[str, Any], given: Given) -> RunConfig:
+    """``fields``, made of what was given, as a config. Raises: ConfigError naming places in what was given."""
+    fields = {**fields, "deepspeed": _deepspeed(fields.get("deepspeed"), given.path.parent)}
     try:
         return RunConfig.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError(_explain(error, path, lines)) from None
+        raise ConfigError(_explain(error, given.path, given.places)) from None
 
 
 def load_resolved(path: Path) -> RunConfig:

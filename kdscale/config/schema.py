@@ -11,6 +11,7 @@ from kdscale.config.sections import (
     ClusterSection,
     DataSection,
     EvaluateSection,
+    ExportSection,
     GenerateSection,
     LossSection,
     RunSection,
@@ -51,6 +52,8 @@ class RunConfig(Section):
     """What ``kdscale generate`` writes."""
     checkpoint: CheckpointSection = CheckpointSection()
     """When to save."""
+    export: ExportSection = ExportSection()
+    """How the student is written."""
     evaluate: EvaluateSection = EvaluateSection()
     """What to measure."""
     cluster: ClusterSection = ClusterSection()
@@ -103,14 +106,19 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _recording(self) -> "RunConfig":
         targets, temperature = self.targets, self.loss.temperature
-        if (targets.source != "live") != (targets.recording is not None):
+        if (targets.source in ("recording", "live+record")) != (targets.recording is not None):
             state = (
                 "is missing: the directory that `kdscale record` has filled, or that live+record fills"
                 if targets.recording is None
                 else "is not read"
             )
             raise ValueError(f"targets.source = {targets.source}: targets.recording {state}")
-        if targets.source != "live" and targets.payload != "hidden" and len(set(ends(temperature))) > 1:
+        if targets.source == "none" and self.loss.soft:
+            raise ValueError(
+                f"targets.source = none has no teacher to learn from, and loss.hard_weight = {self.loss.hard_weight} asks for"
+                " one; set loss.hard_weight: 1, or targets.source: live"
+            )
+        if targets.recording is not None and targets.payload != "hidden" and len(set(ends(temperature))) > 1:
             raise ValueError(
                 f"loss.temperature changes during the run, but a recording of targets.payload = {targets.payload} holds one"
                 " temperature; use a constant one, or targets.payload: hidden"

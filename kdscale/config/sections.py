@@ -11,6 +11,8 @@ from kdscale.config.section import Section
 from kdscale.spec import DivergenceName, Encoding, Payload, Sampler
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+"""How a GGUF file stores matrices. q8_0: 8 bits an element, and a scale for each 32."""
 Temperature = Annotated[Scheduled, AfterValidator(within(lambda v: 0.05 <= v <= 100, "lie in [0.05, 100]"))]
 Share = Annotated[Scheduled, AfterValidator(within(lambda v: 0 <= v <= 1, "lie in [0, 1]"))]
 OpenShare = Annotated[Scheduled, AfterValidator(within(lambda v: 0 < v < 1, "lie strictly between 0 and 1"))]
@@ -175,9 +177,10 @@ class TargetsSection(Section):
     encoding: Literal["auto"] | Encoding = "auto"
     """How numbers travel: float16 or uint8 (topk, sampled), uint4 (topk; ids sorted, the fewest bytes), bfloat16 or int8
     (hidden), float32 (dense). auto: the first that is named here for the payload."""
-    source: Literal["live", "recording", "live+record"] = "live"
+    source: Literal["live", "recording", "live+record", "none"] = "live"
     """live: asked of the served teacher; recording: read from ``recording``, without a teacher; live+record: asked of the
-    teacher and kept in ``recording`` during the first epoch, after which the teacher is let go."""
+    teacher and kept in ``recording`` during the first epoch, after which the teacher is let go; none: the true labels alone
+    (``loss.hard_weight: 1``), and of ``teacher.model`` only what tokenizer and ``student.init`` need of it."""
     recording: str | None = None
     """Directory that ``kdscale record`` has filled, or that ``live+record`` fills."""
     sampler: Sampler = "threshold"
@@ -298,6 +301,15 @@ class CheckpointSection(Section):
         if self.every_steps is None and self.every_seconds is None:
             raise ValueError("checkpoint.every_steps and checkpoint.every_seconds are both null; set one of them")
         return self
+
+
+class ExportSection(Section):
+    shard_gib: float = Field(5.0, gt=0)
+    """A student of more GiB of weights is exported in several safetensors files of at most so many."""
+
+    @property
+    def shard_bytes(self) -> int:
+        return int(self.shard_gib * 2**30)
 
 
 class EvaluateSection(Section):

@@ -36,19 +36,27 @@ def _buffers(model: nn.Module) -> set[str]:
 
 
 def write_model(
-    model: PreTrainedModel, state: dict[str, torch.Tensor], directory: Path, save_tokenizer: Callable[[Path], None]
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    directory: Path,
+    save_tokenizer: Callable[[Path], None],
+    shard_bytes: int,
 ) -> None:
-    """Write config, safetensors and tokenizer aside, then put them in place of ``directory``."""
-    staging = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
+    """Write config, tokenizer and safetensors of at most ``shard_bytes`` each aside, then put them in place
+    of ``directory``; what stood there goes when they have its name."""
+    staging, old = (directory.with_name(f".{directory.name}.{what}") for what in ("partial", "old"))
+    for left in (staging, old):
+        shutil.rmtree(left, ignore_errors=True)
     staging.mkdir(parents=True)
     # Students run with their cache on; it is only training that has no use for it.
     model.config.use_cache = True
-    model.save_pretrained(staging, state_dict=state)
+    model.save_pretrained(staging, state_dict=state, max_shard_size=shard_bytes)
     model.config.use_cache = False
     save_tokenizer(staging)
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        directory.rename(old)
     staging.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @torch.no_grad()

@@ -29,15 +29,16 @@ Scorer = Callable[[TokenBatch], torch.Tensor]
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over held-out tokens, at temperature 1; KL(teacher ‖ student) in nats."""
+    """Means over held-out tokens, at temperature 1; KL(teacher ‖ student) in nats. What needs a teacher is ``None`` where
+    there is none."""
 
     num_tokens: int
-    kl: float
-    top1_agreement: float
+    kl: float | None
+    top1_agreement: float | None
     perplexity_student: float
-    perplexity_teacher: float
+    perplexity_teacher: float | None
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
 
@@ -100,13 +101,24 @@ def quality_sums(student_hidden: list[torch.Tensor], student_head: Head, view: T
     return sums
 
 
-def quality(sums: torch.Tensor) -> Quality:
-    """The means that sums over all ranks amount to."""
+@torch.no_grad()
+def label_sums(hidden: list[torch.Tensor], head: Head, batches: list[TokenBatch]) -> torch.Tensor:
+    """``quality_sums`` without a teacher: of a student's hidden states on ``batches`` and its head, what labels tell."""
+    sums = NO_SUMS.clone()
+    for hidden_TD, batch in zip(hidden, batches, strict=True):
+        labels_T = torch.from_numpy(batch.labels()).to(hidden_TD.device)
+        sums[2] += _scored(hidden_TD, head, labels_T, None, None)[0].double().cpu()
+        sums[4] += len(labels_T)
+    return sums
+
+
+def quality(sums: torch.Tensor, *, teacher: bool = True) -> Quality:
+    """The means that sums over all ranks amount to; with or without those that need a ``teacher``."""
     kl, agree, student_nll, teacher_nll, tokens = sums.tolist()
     return Quality(
         num_tokens=int(tokens),
-        kl=kl / tokens,
-        top1_agreement=agree / tokens,
+        kl=kl / tokens if teacher else None,
+        top1_agreement=agree / tokens if teacher else None,
         perplexity_student=float(np.exp(student_nll / tokens)),
-        perplexity_teacher=float(np.exp(teacher_nll / tokens)),
+        perplexity_teacher=float(np.exp(teacher_nll / tokens)) if teacher else None,
     )

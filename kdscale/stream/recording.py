@@ -25,7 +25,6 @@ import xxhash
 
 from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.config.schema import RunConfig
-from kdscale.config.sections import TargetsSection
 from kdscale.durable import write_durably
 from kdscale.errors import CoverageError, IdentityError, PayloadError, RecordingError
 from kdscale.head import Head
@@ -33,12 +32,13 @@ from kdscale.spec import TargetSpec
 from kdscale.stream.protocol import Meaning
 from kdscale.stream.server import decode_head, encode_head
 from kdscale.stream.source import Received
+from kdscale.stream.whole import MANIFEST
 from kdscale.targets import arrow
 from kdscale.targets.decode import decode
 from kdscale.targets.layout import row_bytes
 from kdscale.targets.layout import schema as target_schema
 
-_PROVENANCE, _MANIFEST, _HEAD = "PROVENANCE.json", "MANIFEST.json", "head.arrow"
+_PROVENANCE, _HEAD = "PROVENANCE.json", "head.arrow"
 _SHARD = re.compile(r"([a-z0-9]+(?:-r\d+)?)-(\d{5})\.arrow")
 _SHARD_BYTES = 64 << 20
 """What at most is recorded again after a kill."""
@@ -205,7 +205,7 @@ class Recording:
             return decode(batch, spec, self._meaning.vocab_size)
         raise CoverageError(
             f"{self._directory} holds {len(self)} rows, and not row {row.ids_RL[0, :8].tolist()}... of batch {row.number} as"
-            f" {spec.payload}; go on recording until it is whole (`kdscale record`), or train with targets.source=live+record"
+            f" {spec.payload}; go on recording until it is whole (`kdscale record`), or train with targets.source=live"
         )
 
     def fetch_head(self) -> Head:
@@ -223,23 +223,6 @@ class Recording:
 
     def close(self) -> None:
         self._readers.clear()
-
-
-def is_whole(directory: Path) -> bool:
-    """Whether recording into ``directory`` came to its end."""
-    return (directory / _MANIFEST).is_file()
-
-
-def needs_no_teacher(targets: TargetsSection) -> bool:
-    """Whether all targets that a run asks for are recorded already."""
-    match targets.source:
-        case "live":
-            return False
-        case "recording":
-            return True
-        case "live+record":
-            assert targets.recording is not None
-            return is_whole(Path(targets.recording))
 
 
 def begin(directory: Path, provenance: Provenance) -> None:
@@ -271,11 +254,11 @@ def save_head(directory: Path, head: Head) -> None:
 def finish(directory: Path) -> None:
     """Name every file with its sha256: from here on the recording is whole. Raises: RecordingError."""
     hashes = {}
-    with _writing(directory / _MANIFEST):
+    with _writing(directory / MANIFEST):
         for path in sorted(directory.glob("*.arrow")):
             with path.open("rb") as file:
                 hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        _write_json(directory / _MANIFEST, {"version": 1, "sha256": hashes})
+        _write_json(directory / MANIFEST, {"version": 1, "sha256": hashes})
 
 
 def require_provenance(directory: Path, expected: Provenance) -> None:

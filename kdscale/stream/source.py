@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from kdscale.batch import SoftTargets, TokenBatch
+from kdscale.errors import CoverageError
 from kdscale.head import Head
 from kdscale.spec import TargetSpec
 
@@ -51,3 +52,24 @@ class TeacherSource(TargetSource, Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class NoTargets:
+    """Stands for the teacher of a run that has none (``targets.source: none``)."""
+
+    def __init__(self) -> None:
+        self.received: dict[str, Received] = {}
+
+    def fetch(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
+        """Raises: CoverageError."""
+        raise CoverageError(f"batch {batch.number}: targets.source = none has no {spec.payload} targets")
+
+    def fetch_head(self) -> Head:
+        """Raises: CoverageError."""
+        raise CoverageError("targets.source = none: there is no teacher whose head could be fetched")
+
+    def teacher_stats(self) -> list[dict[str, Any]]:
+        return []
+
+    def close(self) -> None:
+        """Nothing is open."""

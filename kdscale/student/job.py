@@ -25,14 +25,24 @@ from kdscale.engine.settings import batch_cut, student_dtype, student_settings, 
 from kdscale.engine.shards import index_files
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
-from kdscale.evaluate.quality import HIDDEN, NO_SUMS, Quality, TeacherView, quality, quality_sums, teacher_view
+from kdscale.evaluate.quality import (
+    HIDDEN,
+    NO_SUMS,
+    Quality,
+    TeacherView,
+    label_sums,
+    quality,
+    quality_sums,
+    teacher_view,
+)
 from kdscale.head import Head
 from kdscale.metrics import MetricsFile, StepMetrics
 from kdscale.stream.client import FlightSource
 from kdscale.stream.filling import Filling
 from kdscale.stream.protocol import Access
-from kdscale.stream.recording import Provenance, Recording, needs_no_teacher
-from kdscale.stream.source import TeacherSource
+from kdscale.stream.recording import Provenance, Recording
+from kdscale.stream.source import NoTargets, TeacherSource
+from kdscale.stream.whole import needs_no_teacher
 from kdscale.student.keeping import Keeping
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
 from kdscale.student.module import flatten_batch
@@ -48,7 +58,7 @@ _HELD_OUT_ROWS = 2
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """This rank's share of the held-out text, and the teacher's side of it where the loss is held."""
+    """This rank's share of the held-out text, and the teacher's side of it where the loss is held and there is a teacher."""
 
     batches: list[TokenBatch]
     view: TeacherView | None
@@ -113,6 +123,11 @@ class StudentJob:
     @property
     def _holds_loss(self) -> bool:
         return self._topology.holds_loss(self._rank)
+
+    @property
+    def _has_teacher(self) -> bool:
+        """Served or recorded."""
+        return self._config.targets.source != "none"
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -192,9 +207,11 @@ class StudentJob:
         return report
 
     def _source(self, access: Access | None, corpus: Corpus) -> TeacherSource:
-        """The served teacher, the recorded one, or the one that is being recorded."""
+        """The served teacher, the recorded one, the one that is being recorded, or none."""
         config, meaning, who = self._config, self._setup.meaning, f"student-{self._rank}"
         targets = config.targets
+        if targets.source == "none":
+            return NoTargets()
         if needs_no_teacher(targets):
             assert targets.recording is not None
             return Recording(Path(targets.recording), Provenance.of(config, meaning, corpus.fingerprint))
@@ -224,7 +241,7 @@ class StudentJob:
         """The canary on ``row``; meanwhile the teacher scores the held-out text."""
         config = self._config
         needs_head = config.loss.soft and config.targets.payload == "hidden"
-        measures = config.evaluate.quality and self._holds_loss
+        measures = config.evaluate.quality and self._holds_loss and self._has_teacher
         head = source.fetch_head() if (needs_head and (self._holds_loss or self._rank == 0)) or measures else None
         if head is not None and isinstance(source, Filling) and self._topology.data_rank(self._rank) == 0:
             source.save_head(head)
@@ -237,9 +254,10 @@ class StudentJob:
                 assert head is not None
                 view = beside.submit(teacher_view, batches, source, head, config.stream.in_flight, self._device)
             report = {"canary": self._canary(row, source, head)}
-            self._phase("scoring held-out text by the teacher")
             if not config.evaluate.quality:
                 return report, None
+            if self._has_teacher:
+                self._phase("scoring held-out text by the teacher")
             return report, _HeldOut(batches, None if view is None else view.result())
 
     def _step_done(self, metrics: StepMetrics) -> None:
@@ -260,9 +278,11 @@ class StudentJob:
         rows = self._config.evaluate.canary_rows
         if self._rank != 0:
             return ""
+        if not self._has_teacher:
+            return "not checked: no teacher (targets.source = none)"
         if rows == 0:
             return "not checked: evaluate.canary_rows = 0"
-        if self._config.targets.payload == "sampled" and self._config.targets.source == "recording":
+        if self._config.targets.payload == "sampled" and needs_no_teacher(self._config.targets):
             return "not checked: samples on disk tell no log-probabilities"
         directory = Path(self._setup.teacher_directory)
         gib = sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 2**30
@@ -290,10 +310,11 @@ class StudentJob:
     def _quality(self, held_out: _HeldOut) -> Quality:
         hidden = self._student.hidden(held_out.batches)
         sums = NO_SUMS
-        if held_out.view is not None:
+        if self._holds_loss:
             with whole_head(self._student) as head:
-                sums = quality_sums(hidden, head, held_out.view)
-        return quality(process.sum_over_ranks(sums.to(self._device, copy=True)).cpu())
+                view = held_out.view
+                sums = label_sums(hidden, head, held_out.batches) if view is None else quality_sums(hidden, head, view)
+        return quality(process.sum_over_ranks(sums.to(self._device, copy=True)).cpu(), teacher=self._has_teacher)
 
     # ---- what stays ----
 
@@ -336,7 +357,7 @@ class StudentJob:
         directory = self._directory / "student"
         state = self._student.whole_state()
         if self._rank == 0:
-            write_model(self._student.model, state, directory, save_tokenizer)
+            write_model(self._student.model, state, directory, save_tokenizer, self._config.export.shard_bytes)
         process.barrier()
         hidden = self._student.hidden([row])
         # On one rank: the largest difference, and the largest logit.

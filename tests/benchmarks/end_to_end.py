@@ -130,7 +130,7 @@ def kdscale(name: str, work: Path) -> None:
 
     serve(block)
     prefetcher.close()
-    leave(work, name, lambda path: write_model(model, whole_state(model, 0), path, lambda directory: None))
+    leave(work, name, lambda path: write_model(model, whole_state(model, 0), path, lambda directory: None, 5 << 30))
     del joined
     os._exit(0)  # DeepSpeed's and Flight's threads have nothing left to do
 

@@ -24,6 +24,7 @@ LAYERS = [
     {"serve", "generate"},
     {"driver"},
     {"show", "doctor", "offline", "probe", "worker"},
+    {"deploy"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

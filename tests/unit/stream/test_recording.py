@@ -18,10 +18,10 @@ from kdscale.stream.recording import (
     RecordingWriter,
     begin,
     finish,
-    is_whole,
     row_key,
     save_head,
 )
+from kdscale.stream.whole import is_whole
 from tests.served import Teacher, batch
 
 TOPK = TargetSpec("topk", k=7, temperature=2.0)

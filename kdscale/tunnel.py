@@ -269,8 +269,6 @@ def _hang_up(connection: socket.socket) -> None:
 
 async def _carry(one: _Streams, other: _Streams) -> None:
     """Both ways until either side ends."""
-    for _, writer in (one, other):
-        writer.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     ways = [asyncio.ensure_future(_pour(one[0], other[1])), asyncio.ensure_future(_pour(other[0], one[1]))]
     try:
         await asyncio.gather(*ways)

@@ -32,6 +32,8 @@ _WAITING = 64
 _TELL_S = 10.0
 _CHUNK_BYTES = 64 << 10
 _RETRY_S = 0.2
+_TRIAL, _THROUGH = b"?", b">"
+"""What who is admitted wants: to know that it is, or to reach the service."""
 _ADMITTED = b"+"
 
 
@@ -116,8 +118,11 @@ class Exit(_End):
                 token = await outer[0].readexactly(len(self._token))
                 if not hmac.compare_digest(token, self._token):
                     raise PermissionError("it carries another run's token")
-                inner = await asyncio.open_connection(*self._target)
+                wish = await outer[0].readexactly(len(_THROUGH))
+                if wish == _THROUGH:
+                    inner = await asyncio.open_connection(*self._target)
                 outer[1].write(_ADMITTED)
+                await outer[1].drain()
         except (OSError, EOFError, TimeoutError) as error:
             # ssl.SSLError is an OSError.
             self._refuse(peer, error)
@@ -126,7 +131,8 @@ class Exit(_End):
             self._waiting.pop(id(asyncio.current_task()), None)
             if inner is None:
                 _hang_up(connection)
-        await _carry(outer, inner)
+        if inner is not None:
+            await _carry(outer, inner)
 
     def _refuse(self, peer: tuple[str, int], error: BaseException) -> None:
         self._refused += 1
@@ -163,25 +169,25 @@ class Entrance(_End):
             ) from error
 
     async def _try(self) -> None:
-        _, writer = await self._dial()
+        _, writer = await self._dial(_TRIAL)
         writer.close()
 
-    async def _dial(self) -> "_Streams":
+    async def _dial(self, wish: bytes) -> "_Streams":
         """Raises: OSError, EOFError, TimeoutError."""
         deadline = time.monotonic() + self._limit_s
         while True:
             try:
                 async with asyncio.timeout(max(0.0, min(_ADMIT_S, deadline - time.monotonic()))):
-                    return await self._dial_once()
+                    return await self._dial_once(wish)
             except (OSError, EOFError, TimeoutError) as error:
                 if isinstance(error, ssl.SSLCertVerificationError) or time.monotonic() + _RETRY_S >= deadline:
                     raise
             await asyncio.sleep(_RETRY_S)
 
-    async def _dial_once(self) -> "_Streams":
+    async def _dial_once(self, wish: bytes) -> "_Streams":
         reader, writer = await asyncio.open_connection(*self._target, ssl=self._tls, server_hostname=RUN_NAME)
         try:
-            writer.write(self._token)
+            writer.write(self._token + wish)
             await reader.readexactly(len(_ADMITTED))
         except BaseException:
             writer.close()
@@ -198,7 +204,7 @@ class Entrance(_End):
             connection.close()
             return
         try:
-            outer = await self._dial()
+            outer = await self._dial(_THROUGH)
         except (OSError, EOFError, TimeoutError) as error:
             _LOG.warning("%s:%d does not let this rank in: %s", *self._target, _reason(error))
             connection.close()

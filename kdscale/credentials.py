@@ -27,3 +27,14 @@ class Credentials:
 
     def __repr__(self) -> str:
         return "Credentials(...)"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What opens a door of the run: certificates, and the token besides."""
+
+    credentials: Credentials
+    token: str
+
+    def __repr__(self) -> str:
+        return "Keys(...)"

@@ -9,6 +9,7 @@ from kdscale import identity as identities
 from kdscale.config.schema import RunConfig
 from kdscale.data.corpus import Corpus, build_corpus
 from kdscale.data.tokenizer import Tokenizer, load_tokenizer
+from kdscale.data.trial import require_sound
 from kdscale.engine.checkpoint import Checkpoint
 from kdscale.engine.families import require_pipeline_family
 from kdscale.engine.models import load_config, model_digest, resolve_model
@@ -36,6 +37,7 @@ def prepare(config: RunConfig) -> Prepared:
     """
     check_settings(config)
     directory = resolve_model(config.teacher.model)
+    require_sound(str(directory))
     teacher_tokenizer = load_tokenizer(str(directory))
     _require_same_tokenizer(config, teacher_tokenizer)
     if config.student.parallel.pipeline > 1:
@@ -64,6 +66,7 @@ def _require_same_tokenizer(config: RunConfig, teacher: Tokenizer) -> None:
     for name, path in others.items():
         if path is None:
             continue
+        require_sound(path)
         other = load_tokenizer(path)
         if other.fingerprint != teacher.fingerprint:
             raise IdentityError(

@@ -17,7 +17,7 @@ from kdscale.cluster.placement import cluster, require_memory, reserve
 from kdscale.cluster.security import Authority, needs_tls
 from kdscale.config.schema import RunConfig
 from kdscale.config.sections import StreamSection
-from kdscale.credentials import Credentials
+from kdscale.credentials import Credentials, Keys
 from kdscale.display import Display
 from kdscale.engine.checkpoint import Checkpoint
 from kdscale.engine.process import address_in
@@ -241,7 +241,9 @@ def start_students(
         run_directory=str(job.directory.absolute()),
         resume_from=str(checkpoint.directory.absolute()) if checkpoint else None,
     )
-    students = StudentGroup(setup, slots.student)
+    # Of this group alone: its teacher may be served with others, or recorded.
+    keys = Keys(Authority().issue(), secrets.token_hex(32)) if needs_tls(job.config.stream) else None
+    students = StudentGroup(setup, slots.student, keys)
     stack.callback(students.kill)
     students.begin(meanwhile)
     return students

@@ -76,8 +76,9 @@ def train(config: RunConfig, given: argparse.Namespace) -> int:
     address = launched("MASTER_ADDR"), int(launched("MASTER_PORT"))
     member = process.Member(rank, world)
     if rank == 0:
-        address = member.open_store(network, address[1])
-    device = member.join(address, network, limit_s, limit_s, config.student.gpus_per_rank, given.local_rank)
+        address = member.open_store(network, access.keys, address[1])
+    gpus = config.student.gpus_per_rank
+    device = member.join(address, network, access.keys, limit_s, limit_s, gpus, given.local_rank)
     directory = Path(config.run.dir) / config.run.name
     resume_from = ""
     identity = run_identity(config, prepared)

@@ -1,11 +1,14 @@
 """Starting real runs from tests, and looking for what they leave behind."""
 
+import atexit
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -15,8 +18,12 @@ import psutil
 import yaml
 
 KDSCALE = [sys.executable, "-m", "kdscale.cli"]
+MARK = uuid.uuid4().hex
+TEMP = Path(tempfile.mkdtemp(prefix="kdt-", dir="/tmp"))
+"""Where a run's temporary files are; the paths of Ray's sockets below it must stay short."""
+atexit.register(shutil.rmtree, TEMP, ignore_errors=True)
 # Everything a test starts inherits this, so that other runs on the machine are none of its business.
-OURS = {"KDSCALE_TEST_SESSION": uuid.uuid4().hex}
+OURS = {"KDSCALE_TEST_SESSION": MARK, "TMPDIR": str(TEMP)}
 SHARED_MEMORY_BEFORE = set(os.listdir("/dev/shm"))
 
 
@@ -93,11 +100,10 @@ def wait_for_file(path: Path, process: "subprocess.Popen[bytes]", log: Path) -> 
 
 def marked() -> list[psutil.Process]:
     """Living processes of the runs these tests started."""
-    ((name, value),) = OURS.items()
     found = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(name) == value:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("KDSCALE_TEST_SESSION") == MARK:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -115,9 +121,12 @@ def marked_running(words: str) -> list[psutil.Process]:
 
 
 def assert_nothing_left(within_s: float = 10) -> None:
-    """No process of a run, no shared memory."""
+    """No process of a run (so no port and no lock either), no shared memory, no temporary file."""
     deadline = time.monotonic() + within_s
     while left := marked():
         assert time.monotonic() < deadline, [" ".join(process.cmdline()) for process in left]
         time.sleep(0.2)
     assert set(os.listdir("/dev/shm")) <= SHARED_MEMORY_BEFORE
+    # Ray's dashboard leaves its socket when it is killed; no run has one.
+    temporary = [str(path) for path in TEMP.iterdir() if not path.name.startswith("pymp-")]
+    assert temporary == [], temporary

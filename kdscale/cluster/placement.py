@@ -14,6 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from kdscale import log
+from kdscale.cluster.locked import require_locked
 from kdscale.config.sections import ClusterSection, Placement
 from kdscale.errors import PlacementError
 
@@ -43,7 +44,7 @@ def cluster(settings: ClusterSection, asks: list[Ask], temp_dir: str | None) -> 
     A local cluster's logical CPUs are what the asks add up to: threads, not cores, are what ranks share on a laptop.
 
     Raises:
-        PlacementError: no cluster at the address, or more memory asked than this machine has.
+        PlacementError: no cluster at the address, or one that others can reach and that asks for no token.
     """
     # Logs of ours go to stderr of the driver; Ray's own usage reports leave no laptop of a user.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -66,6 +67,7 @@ def cluster(settings: ClusterSection, asks: list[Ask], temp_dir: str | None) -> 
         raise PlacementError(f"cannot join or start Ray (cluster.address = {settings.address}): {error}") from error
     _close_token_file()
     try:
+        require_locked()
         yield
     finally:
         ray.shutdown()

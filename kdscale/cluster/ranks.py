@@ -14,6 +14,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kdscale.cluster.placement import Ask
+from kdscale.credentials import Keys
 from kdscale.errors import KdscaleError
 
 # Clocks that tell when a process started differ by less, and no pid is used again as fast.
@@ -195,14 +196,18 @@ class Heartbeats:
 def form_group(
     group: RankGroup,
     network: str,
+    keys: Keys | None,
     timeout_s: float,
     collective_s: float,
     gpus_per_rank: int,
     meanwhile: Callable[[], Any] | None = None,
 ) -> None:
-    """Let every rank join one process group, whose store rank 0 opens and whose collectives may take ``collective_s``. The
-    actor class has ``open_store`` and ``join``."""
-    address = group.gather([group.actors[0].open_store.remote(network)], "open_store", timeout_s, meanwhile)[0]
+    """Let every rank join one process group, whose store rank 0 opens to who has ``keys`` and whose collectives may take
+    ``collective_s``. The actor class has ``open_store`` and ``join``."""
+    opening = group.actors[0].open_store.remote(network, keys)
+    address = group.gather([opening], "open_store", timeout_s, meanwhile)[0]
     group.all(
-        "join", address, network, timeout_s, collective_s, gpus_per_rank, timeout_s=timeout_s, meanwhile=meanwhile
+        *("join", address, network, keys, timeout_s, collective_s, gpus_per_rank),
+        timeout_s=timeout_s,
+        meanwhile=meanwhile,
     )

@@ -21,7 +21,7 @@ _CLOCK_SKEW = datetime.timedelta(hours=1)
 
 
 def needs_tls(stream: StreamSection) -> bool:
-    """Whether the Flight listeners of a run use TLS: off loopback always, on loopback when ``stream.tls`` says so."""
+    """Whether the listeners of a run use TLS: off loopback always, on loopback when ``stream.tls`` says so."""
     return stream.tls == "always" or not ipaddress.ip_network(stream.network).is_loopback
 
 

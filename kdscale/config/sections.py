@@ -251,7 +251,8 @@ class StreamSection(Section):
     directory_port: int = Field(0, ge=0, le=65535)
     """Port of the endpoint directory; 0 picks a free one."""
     tls: Literal["auto", "always"] = "auto"
-    """``auto``: teacher endpoints and directory use mutual TLS where ``network`` is not loopback; ``always``: there too."""
+    """``auto``: what listens for the run (teacher endpoints, directory, sequencer, rendezvous store) uses mutual TLS where
+    ``network`` is not loopback; ``always``: there too."""
 
 
 class GenerateSection(Section):

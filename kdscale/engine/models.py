@@ -30,23 +30,54 @@ def resolve_model(name: str) -> Path:
     """The local directory of a model: ``name`` itself, or a snapshot of the hub's model of that name.
 
     Raises:
-        ModelError: no such directory, and the hub does not give it.
+        ModelError: no such directory, and the hub does not give it; or its weights are not in safetensors files of its own.
     """
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{name} holds no config.json; give a Hugging Face model directory")
+        _weight_files(path)
         return path
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ModelError(f"{name} is not a directory; give a Hugging Face model directory or a hub name")
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        path = Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelError(
             f"{name} is neither a local directory nor a model the hub gives: {str(error).splitlines()[0]}; check the"
             " name, or download the model and give its directory"
         ) from error
+    _weight_files(path)
+    return path
+
+
+def _weight_files(directory: Path) -> list[str]:
+    """Names of the safetensors files that hold a model's weights.
+
+    Raises: ModelError for weights in another format (a pickle runs code when it is read), and for files elsewhere.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"{index} is no index of safetensors files: {error!r}; take it from its source again"
+            ) from error
+    elif (directory / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    else:
+        others = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(kind))
+        found = f"; {', '.join(others[:3])} may be pickles, which run code when they are read" if others else ""
+        raise ModelError(
+            f"{directory} holds no model.safetensors and no index{found}; convert its weights to safetensors where you trust"
+            " them (model.save_pretrained)"
+        )
+    for file in files:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(f"{index} names {file!r}; weights must be safetensors files in {directory} itself")
+    return files
 
 
 def model_digest(directory: Path) -> str:
@@ -165,13 +196,7 @@ def from_teacher_layers(directory: Path, layers: list[int], dtype: torch.dtype) 
 
 def _stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
     """(name, reader) of every tensor in a safetensors directory; nothing is read until the reader is called."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif (directory / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    else:
-        raise ModelError(f"{directory} holds no model.safetensors and no index; convert its weights to safetensors")
+    files = _weight_files(directory)
     for file in files:
         try:
             with safe_open(directory / file, framework="pt") as stored:

@@ -14,8 +14,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from kdscale import tunnel
 from kdscale.config.hardware import cpu_has_bfloat16
 from kdscale.config.sections import Dtype
+from kdscale.credentials import Keys
 from kdscale.errors import PlacementError
 
 # DeepSpeed builds this extension with g++ at every start, leaves tens of MB per rank in /dev/shm, and a process killed
@@ -40,21 +42,29 @@ class Member:
         self.rank = rank
         self.world = world
         self._listener: socket.socket | None = None
+        self._door: tunnel.Exit | tunnel.Entrance | None = None
 
-    def open_store(self, network: str, port: int = 0) -> tuple[str, int]:
+    def open_store(self, network: str, keys: Keys | None, port: int = 0) -> tuple[str, int]:
         """Rank 0: listen for the group on this node's address in ``network`` alone (torch's own store would listen on
-        all addresses), at ``port`` or any free one; returns where."""
-        self._listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._listener.bind((address_in(network)[0], port))
-        self._listener.listen(256)
-        host, port = self._listener.getsockname()
-        return host, port
+        all addresses), at ``port`` or any free one; returns where. With ``keys``, only who has them reaches the store.
+
+        Raises: PlacementError when the port is taken, or for a plain store off loopback.
+        """
+        host, _ = address_in(network)
+        if keys is None:
+            tunnel.require_loopback(host)
+            self._listener = tunnel.listen(host, port)
+            address: tuple[str, int] = self._listener.getsockname()
+            return address
+        self._listener = tunnel.listen("127.0.0.1", 0)
+        self._door = tunnel.Exit(host, port, self._listener.getsockname(), keys)
+        return self._door.address
 
     def join(
         self,
         address: tuple[str, int],
         network: str,
+        keys: Keys | None,
         timeout_s: float,
         collective_s: float,
         gpus_per_rank: int,
@@ -64,6 +74,8 @@ class Member:
 
         Blocks until all ranks are there, ``timeout_s`` at most. A collective of the group may take ``collective_s``. Of
         several visible GPUs the rank takes number ``local_rank``.
+
+        Raises: PlacementError when the store does not take ``keys``, or no GPU is there.
         """
         device = use_device(gpus_per_rank, local_rank)
         _, interface = address_in(network)
@@ -72,6 +84,11 @@ class Member:
         os.environ.update(RANK=str(self.rank), WORLD_SIZE=str(self.world), LOCAL_RANK=str(local_rank), LOCAL_SIZE="1")
         os.environ.update(MASTER_ADDR=address[0], MASTER_PORT=str(address[1]))
         timeout = timedelta(seconds=collective_s)
+        if keys is not None and self._listener is not None:
+            address = self._listener.getsockname()
+        elif keys is not None:
+            self._door = tunnel.Entrance(address, keys, timeout_s)
+            address = self._door.address
         store = dist.TCPStore(  # type: ignore[attr-defined]
             address[0],
             address[1],

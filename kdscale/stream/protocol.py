@@ -1,7 +1,6 @@
 """What client and server say to each other: headers, metadata, endpoints. JSON, never pickle."""
 
 import hmac
-import ipaddress
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -13,10 +12,11 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from kdscale.batch import TokenBatch
-from kdscale.credentials import RUN_NAME, Credentials
-from kdscale.errors import IdentityError, PayloadError, PlacementError, StreamError
+from kdscale.credentials import RUN_NAME, Credentials, Keys
+from kdscale.errors import IdentityError, PayloadError, StreamError
 from kdscale.spec import TargetSpec
 from kdscale.targets import arrow
+from kdscale.tunnel import is_loopback, require_loopback
 
 PROTOCOL = 2
 # gRPC gives a connection 20 s to come about, in which nothing can cancel the call: too long for a server that is stopped.
@@ -55,6 +55,10 @@ class Access:
     token: str
     credentials: Credentials | None = None
     """With which every connection is made; none: directory and endpoints listen plainly, on loopback."""
+
+    @property
+    def keys(self) -> Keys | None:
+        return Keys(self.credentials, self.token) if self.credentials is not None else None
 
     def save(self, path: Path) -> None:
         """Write for runs elsewhere; readable by this user alone."""
@@ -188,11 +192,7 @@ def listening(host: str, port: int, credentials: Credentials | None) -> dict[str
     Raises: PlacementError for a plain listener off loopback.
     """
     if credentials is None:
-        if not _is_loopback(host):
-            raise PlacementError(
-                f"a listener on {host} has no credentials, and only one on loopback may be plain; hand it those of the"
-                " run, or set stream.network to 127.0.0.0/8"
-            )
+        require_loopback(host)
         return {"location": f"grpc+tcp://{host}:{port}"}
     return {
         "location": f"grpc+tls://{host}:{port}",
@@ -208,7 +208,7 @@ def connect(address: str, credentials: Credentials | None = None) -> fl.FlightCl
     Raises: StreamError when a plain connection would leave loopback.
     """
     if credentials is None:
-        if not _is_loopback(address.rpartition(":")[0]):
+        if not is_loopback(address.rpartition(":")[0]):
             raise StreamError(
                 f"no credentials for {address}, and off loopback the token may not travel plainly; take the access file"
                 " that `kdscale teacher` has written"
@@ -222,13 +222,6 @@ def connect(address: str, credentials: Credentials | None = None) -> fl.FlightCl
         private_key=credentials.key_pem,
         override_hostname=RUN_NAME,
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def call(client: fl.FlightClient, action: str, token: str, timeout_s: float, **fields: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ray.util.placement_group import PlacementGroup
 from kdscale.cluster.placement import Ask
 from kdscale.cluster.ranks import Heartbeats, RankGroup, form_group
 from kdscale.config.sections import StudentSection
+from kdscale.credentials import Keys
 from kdscale.engine.settings import topology_of
 from kdscale.errors import StudentError
 from kdscale.stream.protocol import Access
@@ -27,7 +28,9 @@ def student_ask(student: StudentSection) -> Ask:
 class StudentGroup:
     """All student ranks: one process group, one DeepSpeed engine."""
 
-    def __init__(self, setup: StudentSetup, group: PlacementGroup) -> None:
+    def __init__(self, setup: StudentSetup, group: PlacementGroup, keys: Keys | None) -> None:
+        """``keys``: with which the ranks find each other; none: plainly, on loopback."""
+        self._keys = keys
         self._setup = setup
         self._student = setup.config.student
         self._ranks = RankGroup(StudentRank, student_ask(self._student), group, StudentError)
@@ -46,7 +49,7 @@ class StudentGroup:
             meanwhile()
 
         network = self._setup.config.stream.network
-        form_group(self._ranks, network, limit_s, limit_s, self._student.gpus_per_rank, listen)
+        form_group(self._ranks, network, self._keys, limit_s, limit_s, self._student.gpus_per_rank, listen)
         self._building = [actor.build.remote(self._setup) for actor in self._ranks.actors]
         self._build_deadline = time.monotonic() + limit_s
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdscale import log
 from kdscale.config.schema import RunConfig
+from kdscale.credentials import Keys
 from kdscale.stream.protocol import Access, Meaning
 
 if TYPE_CHECKING:
@@ -39,13 +40,19 @@ class StudentRank:
         self._stop = threading.Event()
         self._job: StudentJob | None = None
 
-    def open_store(self, network: str) -> tuple[str, int]:
-        return self._member.open_store(network)
+    def open_store(self, network: str, keys: Keys | None) -> tuple[str, int]:
+        return self._member.open_store(network, keys)
 
     def join(
-        self, address: tuple[str, int], network: str, timeout_s: float, collective_s: float, gpus_per_rank: int
+        self,
+        address: tuple[str, int],
+        network: str,
+        keys: Keys | None,
+        timeout_s: float,
+        collective_s: float,
+        gpus_per_rank: int,
     ) -> None:
-        self._device = self._member.join(address, network, timeout_s, collective_s, gpus_per_rank)
+        self._device = self._member.join(address, network, keys, timeout_s, collective_s, gpus_per_rank)
 
     def build(self, setup: StudentSetup) -> dict[str, Any]:
         """Build the student and its engine, and restore the checkpoint; returns its facts."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdscale import log
 from kdscale.config.sections import TeacherSection
-from kdscale.credentials import Credentials
+from kdscale.credentials import Credentials, Keys
 from kdscale.errors import TeacherError
 from kdscale.spec import Sampling
 from kdscale.stream.protocol import Meaning
@@ -36,8 +36,12 @@ class ReplicaSetup:
     network: str
     token: str
     credentials: Credentials | None
-    """Of the ranks' endpoints; none: they listen plainly, on loopback."""
+    """With which the ranks listen; none: plainly, on loopback."""
     deterministic: bool
+
+    @property
+    def keys(self) -> Keys | None:
+        return Keys(self.credentials, self.token) if self.credentials is not None else None
 
     def __repr__(self) -> str:
         return f"ReplicaSetup(directory={self.directory!r}, token=..., tls={self.credentials is not None})"
@@ -57,13 +61,19 @@ class TeacherRank:
         self._server: TargetServer | None = None
         self._tokenizer: Tokenizer | None = None
 
-    def open_store(self, network: str) -> tuple[str, int]:
-        return self._member.open_store(network)
+    def open_store(self, network: str, keys: Keys | None) -> tuple[str, int]:
+        return self._member.open_store(network, keys)
 
     def join(
-        self, address: tuple[str, int], network: str, timeout_s: float, collective_s: float, gpus_per_rank: int
+        self,
+        address: tuple[str, int],
+        network: str,
+        keys: Keys | None,
+        timeout_s: float,
+        collective_s: float,
+        gpus_per_rank: int,
     ) -> None:
-        self._device = self._member.join(address, network, timeout_s, collective_s, gpus_per_rank)
+        self._device = self._member.join(address, network, keys, timeout_s, collective_s, gpus_per_rank)
 
     def build(self, setup: ReplicaSetup) -> dict[str, Any]:
         """Load this rank's shard; returns parameter counts, dtype and this process's memory."""
@@ -97,7 +107,7 @@ class TeacherRank:
         setup = self._setup
         sequencer = Sequencer(self._member.world, setup.teacher.max_batch_tokens, one_request=setup.deterministic)
         host, _ = process.address_in(setup.network)
-        self._lockstep_server = LockstepServer(host, setup.token, self._member.world, sequencer)
+        self._lockstep_server = LockstepServer(host, setup.token, self._member.world, sequencer, setup.keys)
         return self._lockstep_server.address
 
     def open_endpoint(self, sequencer: tuple[str, int], replica: str, generation: int, before: list[Counters]) -> str:
@@ -111,7 +121,7 @@ class TeacherRank:
         from kdscale.teacher.rank import RankScorer
 
         setup = self._setup
-        lockstep = LockstepClient(sequencer, setup.token, self._member.rank)
+        lockstep = LockstepClient(sequencer, setup.token, self._member.rank, setup.keys)
         facts = self._facts | {"replica": replica, "generation": generation}
         self._scorer = RankScorer(self._member.rank, self._model, lockstep, facts, before[self._member.rank])
         host, _ = process.address_in(setup.network)

@@ -58,7 +58,8 @@ class TeacherReplica:
         self._heartbeats = Heartbeats(self._ranks)
         longest_s = max(teacher.load_seconds, teacher.forward_seconds)
         form_group(
-            self._ranks, self._setup.network, teacher.start_seconds, longest_s, teacher.gpus_per_rank, self._listen
+            *(self._ranks, self._setup.network, self._setup.keys, teacher.start_seconds, longest_s),
+            *(teacher.gpus_per_rank, self._listen),
         )
         _LOG.info("%s of the teacher loads (generation %d)", self.name, self.generation)
         self._building = [actor.build.remote(self._setup) for actor in self._ranks.actors]

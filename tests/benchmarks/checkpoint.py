@@ -46,7 +46,7 @@ def make_engine(model: Path, dtype_name: str) -> Any:
 
     process.set_threads(2, deterministic=False)
     member = process.Member(0, 1)
-    member.join(member.open_store("127.0.0.0/8"), "127.0.0.0/8", 60.0, 60.0, 0)
+    member.join(member.open_store("127.0.0.0/8", None), "127.0.0.0/8", None, 60.0, 60.0, 0)
     config = load_config("configs/quickstart.yaml", [f"teacher.model={model}", f"student.dtype={dtype_name}"])
     dtype = process.resolve_dtype(config.student.dtype, torch.device("cpu"))
     settings = student_settings(config, str(dtype).removeprefix("torch."))

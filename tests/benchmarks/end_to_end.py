@@ -84,7 +84,7 @@ def kdscale(name: str, work: Path) -> None:
     served, threads = name in ("live", "fetch"), 2 if name == "ready" else 1
     config = load_config(CONFIG, OVERRIDES)
     device = process.Member(0, 1)
-    joined = device.join(device.open_store("127.0.0.0/8"), "127.0.0.0/8", 60.0, 60.0, 0)
+    joined = device.join(device.open_store("127.0.0.0/8", None), "127.0.0.0/8", None, 60.0, 60.0, 0)
     process.set_threads(threads, deterministic=False)
     process.set_seed(config.run.seed)
     prepared = prepare(config)

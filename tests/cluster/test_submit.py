@@ -2,17 +2,22 @@
 
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.runs import OURS, assert_nothing_left, write_config
+from kdscale.engine.checkpoint import newest
+from tests.failure.runs import config_of, ranks_of
+from tests.runs import OURS, assert_nothing_left, marked_running, steps, write_config
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -65,16 +70,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         assert_nothing_left(within_s=15)
 
 
-def test_submitted_runs_train_and_go_on(cluster: dict[str, str], tmp_path: Path, teacher_dir: Path, text_dir: Path):
-    token = Path(cluster["RAY_AUTH_TOKEN_PATH"])
-    assert stat.S_IMODE(token.stat().st_mode) == 0o600
-    config = write_config(tmp_path, teacher_dir, text_dir)
-    # What is uploaded is the tree of kdscale; a config lies in it.
+@contextmanager
+def uploaded(config: Path) -> Iterator[str]:
+    """The name of a config like this one in the tree of kdscale, which is what is uploaded."""
     inside = ROOT / "configs" / f".test-{os.getpid()}.yaml"
     inside.write_text(config.read_text())
     try:
-        name = str(inside.relative_to(ROOT))
-        files = {"KDSCALE_FILES": str(tmp_path)}
+        yield str(inside.relative_to(ROOT))
+    finally:
+        inside.unlink()
+
+
+def test_submitted_runs_train_and_go_on(cluster: dict[str, str], tmp_path: Path, teacher_dir: Path, text_dir: Path):
+    token = Path(cluster["RAY_AUTH_TOKEN_PATH"])
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    files = {"KDSCALE_FILES": str(tmp_path)}
+    with uploaded(write_config(tmp_path, teacher_dir, text_dir)) as name:
         code, text = shell("launch/submit.sh", name, "run.dir=here", "train.steps=6", env=cluster | files)
         assert code == 0, text
         assert "step 6/6" in text
@@ -89,8 +100,46 @@ def test_submitted_runs_train_and_go_on(cluster: dict[str, str], tmp_path: Path,
         code, text = shell("launch/submit.sh", name, "run.dir=here", "loss.temperature=-1", env=cluster | files)
         assert code == 1, text
         assert "loss.temperature" in text
-    finally:
-        inside.unlink()
+
+
+def test_a_stopped_job_has_saved_and_goes_on(
+    cluster: dict[str, str], tmp_path: Path, teacher_dir: Path, text_dir: Path
+):
+    """`ray job stop` gives it time: the step it had reached is the one it goes on from, and nothing of it stays."""
+    directory = tmp_path / "here" / "tiny"
+    files = {"KDSCALE_FILES": str(tmp_path)}
+    config = config_of(tmp_path, teacher_dir, text_dir, checkpoint={"every_steps": 100_000})
+    with uploaded(config) as name:
+        code, text = shell("launch/submit.sh", "--no-wait", name, "run.dir=here", env=cluster | files)
+        assert code == 0, text
+        job = re.search(r"raysubmit_\w+", text)
+        assert job is not None, text
+        deadline = time.monotonic() + 120
+        while not (done := steps(directory)) or done[-1] < 5:
+            assert time.monotonic() < deadline, shell_ray("logs", job[0], env=cluster)
+            time.sleep(0.2)
+        stopped = shell_ray("stop", job[0], env=cluster)
+        assert "was stopped" in stopped, stopped
+        gone_by = time.monotonic() + 10
+        while left := [*ranks_of("TeacherRank"), *ranks_of("StudentRank"), *marked_running("kdscale.driver")]:
+            assert time.monotonic() < gone_by, left
+            time.sleep(0.2)
+        saved = newest(directory / "checkpoints")
+        assert saved is not None
+        assert saved.step == steps(directory)[-1] >= 5, "the stop itself saved"
+        assert f"saved at step {saved.step}" in shell_ray("logs", job[0], env=cluster)
+        last = f"train.steps={saved.step + 3}"
+        code, text = shell("launch/submit.sh", name, "run.dir=here", last, env=cluster | files)
+        assert code == 0, text
+        assert f"going on from step {saved.step}" in text
+        assert steps(directory) == list(range(1, saved.step + 4))
+
+
+def shell_ray(command: str, job: str, env: dict[str, str]) -> str:
+    """`ray job COMMAND JOB`, and what it says."""
+    code, text = shell("-c", f"RAY_AUTH_MODE=token {sys.prefix}/bin/ray job {command} {job}", env=env)
+    assert code == 0, text
+    return text
 
 
 def test_another_token_opens_nothing(cluster: dict[str, str], tmp_path: Path):

@@ -48,7 +48,7 @@ def join(rank: int, world: int, port_file: Path):
     """Become a rank of the group; rank 0 leaves the store's port in a file. Returns the device."""
     member = Member(rank, world)
     if rank == 0:
-        address = member.open_store("127.0.0.0/8")
+        address = member.open_store("127.0.0.0/8", None)
         aside = port_file.with_suffix(".partial")
         aside.write_text(str(address[1]))
         aside.rename(port_file)
@@ -56,4 +56,4 @@ def join(rank: int, world: int, port_file: Path):
         while not port_file.exists():
             time.sleep(0.05)
         address = ("127.0.0.1", int(port_file.read_text()))
-    return member.join(address, "127.0.0.0/8", 60.0, 60.0, 0)
+    return member.join(address, "127.0.0.0/8", None, 60.0, 60.0, 0)

@@ -31,7 +31,7 @@ def launch(ranks: int, *arguments: str, log: Path) -> int:
 
 
 def test_launched_ranks_learn_from_a_served_teacher(tmp_path: Path, teacher_dir: Path, text_dir: Path):
-    config = write_config(tmp_path, teacher_dir, text_dir)
+    config = write_config(tmp_path, teacher_dir, text_dir, stream={"tls": "always"})
     log, teacher_log, endpoints = tmp_path / "log", tmp_path / "teacher.log", tmp_path / "teacher.json"
     given = ["--config", str(config), "--teacher-endpoints", str(endpoints), "student.parallel.data=2"]
     log.touch()

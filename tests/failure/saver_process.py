@@ -69,7 +69,7 @@ def say(**fields: object) -> None:
 def work(root: Path) -> None:
     torch.set_num_threads(1)
     member = process.Member(0, 1)
-    member.join(member.open_store("127.0.0.0/8"), "127.0.0.0/8", 60.0, 60.0, 0)
+    member.join(member.open_store("127.0.0.0/8", None), "127.0.0.0/8", None, 60.0, 60.0, 0)
     engine = training_engine(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)), SETTINGS)
     partition = Partition(engine, dict(engine.module.named_parameters()))
     found = find(root, "auto")

@@ -12,7 +12,7 @@ LAYERS = [
     {"errors"},
     {"spec", "credentials", "durable"},
     {"log", "config", "topology"},
-    {"head", "metrics", "identity"},
+    {"head", "metrics", "identity", "tunnel"},
     {"batch"},
     {"data", "targets", "losses"},
     {"stream", "engine", "cluster"},

@@ -2,6 +2,7 @@
 
 import datetime
 import queue
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -232,8 +233,13 @@ def test_endpoint_without_progress_is_given_up(teacher: Teacher):
     server.shutdown()
 
 
+def split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
 def test_round_trip_over_tls_is_not_disturbed_by_strangers(teacher: Teacher):
-    """The same numbers as over a plain connection, while others are turned away from the same listener."""
+    """The same numbers as over a plain connection, while others are turned away from the same listener, or say nothing."""
     authority, stranger = Authority(), Authority().issue()
     held = Held(teacher.scorer)
     server = TargetServer("127.0.0.1", TOKEN, teacher.meaning, held, authority.issue())
@@ -245,6 +251,7 @@ def test_round_trip_over_tls_is_not_disturbed_by_strangers(teacher: Teacher):
     with ThreadPoolExecutor(1) as beside:
         served = beside.submit(source.fetch, rows, TOPK)
         assert held.asked.acquire(timeout=10)
+        silent = [socket.create_connection(split(server.address), 10) for _ in range(200)]
         for credentials in (None, stranger, authority.issue(datetime.timedelta(minutes=-1))) * 3:
             with connect(server.address, credentials) as client, pytest.raises(fl.FlightUnavailableError):
                 call(client, "stats", TOKEN, 10)
@@ -255,6 +262,8 @@ def test_round_trip_over_tls_is_not_disturbed_by_strangers(teacher: Teacher):
             assert torch.equal(ours, plain)
     assert not held.asked.acquire(blocking=False), "asked once"
     assert source.teacher_stats()[0]["forwards"] > 0
+    for guest in silent:
+        guest.close()
     source.close()
     directory.shutdown()
     server.shutdown()

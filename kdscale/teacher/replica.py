@@ -5,6 +5,7 @@ Only plain values go in and out; torch and DeepSpeed load on the rank's own node
 
 import mmap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdscale import log
@@ -28,7 +29,7 @@ class ReplicaSetup:
 
     teacher: TeacherSection
     directory: str
-    """Local model directory."""
+    """Where the driver's node has the model."""
     meaning: Meaning
     network: str
     token: str
@@ -65,6 +66,7 @@ class TeacherRank:
         import psutil
 
         from kdscale.engine import process
+        from kdscale.engine.models import model_here
         from kdscale.engine.settings import teacher_settings
         from kdscale.engine.sharding import InferenceModel
         from kdscale.teacher.model import TeacherModel
@@ -72,7 +74,8 @@ class TeacherRank:
         process.set_threads(setup.teacher.cpus_per_rank, deterministic=setup.deterministic)
         dtype = process.resolve_dtype(setup.teacher.dtype, self._device)
         name = str(dtype).removeprefix("torch.")
-        inference = InferenceModel(setup.directory, teacher_settings(self._member.world, name), dtype, self._device)
+        directory = str(model_here(Path(setup.directory), setup.teacher.model, setup.meaning.teacher))
+        inference = InferenceModel(directory, teacher_settings(self._member.world, name), dtype, self._device)
         self._setup = setup
         self._model = TeacherModel(inference, setup.meaning.vocab_size, self._device)
         self._facts = {

@@ -16,9 +16,10 @@ from kdscale.cluster.restarts import Restarts
 from kdscale.config.load import dump_resolved, load_resolved
 from kdscale.credentials import ACCESS_FILE
 from kdscale.display import Display
-from kdscale.engine.checkpoint import Checkpoint, find
+from kdscale.engine.checkpoint import Checkpoint
 from kdscale.errors import KdscaleError, StudentError
 from kdscale.generate import generate
+from kdscale.mirror import find
 from kdscale.prepare import Prepared, corpus_of, prepare, require_resumable, run_identity
 from kdscale.serve import join, record, serve
 from kdscale.start import Job, Slots, Stopped, Teacher, place, start_students, start_teacher
@@ -35,7 +36,7 @@ def train(job: Job, resume: str) -> None:
     began, config = time.monotonic(), job.config
     job.display.phase("reading models and tokenizer")
     prepared = prepare(config)
-    checkpoint, identity = find(job.directory / "checkpoints", resume), run_identity(config, prepared)
+    checkpoint, identity = find(config, resume), run_identity(config, prepared)
     require_resumable(config, checkpoint, identity)
     with ExitStack() as stack:
         slots = place(job, stack)
@@ -58,7 +59,7 @@ def train(job: Job, resume: str) -> None:
             except StudentError as fault:
                 back_off(job, fault, restarts, time.monotonic() - since)
                 # Who named a checkpoint goes on from it again: newer ones may be of another try.
-                checkpoint = find(job.directory / "checkpoints", "auto" if resume == "never" else resume)
+                checkpoint = find(config, "auto" if resume == "never" else resume)
     job.display.phase("measuring size, speed and memory")
     measured = measure_models(config, prepared.teacher_directory, job.directory / "student", report, facts)
     summary = make_summary(config, prepared, facts, report, measured)
@@ -105,7 +106,7 @@ def back_off(job: Job, fault: StudentError, restarts: Restarts, lived_s: float) 
 def evaluate(job: Job, resume: str) -> None:
     """Held-out quality of the student the config describes, through the served teacher. Raises: KdscaleError, Stopped."""
     prepared = prepare(job.config)
-    checkpoint = find(job.directory / "checkpoints", resume) if resume != "never" else None
+    checkpoint = find(job.config, resume) if resume != "never" else None
     identity = run_identity(job.config, prepared)
     require_resumable(job.config, checkpoint, identity)
     with ExitStack() as stack:

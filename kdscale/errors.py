@@ -60,5 +60,9 @@ class CheckpointError(KdscaleError):
     """A checkpoint is damaged, belongs to another run, or could not be written."""
 
 
+class StorageError(KdscaleError):
+    """A URL cannot be read or written."""
+
+
 class RecordingError(KdscaleError):
     """A recording of soft targets is missing, damaged, or could not be written."""

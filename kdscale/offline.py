@@ -6,10 +6,11 @@ import torch
 
 from kdscale.config.schema import RunConfig
 from kdscale.data.tokenizer import load_tokenizer
-from kdscale.engine.checkpoint import newest, verify
+from kdscale.engine.checkpoint import verify
 from kdscale.engine.export import load_checkpoint_weights, write_model
 from kdscale.engine.models import build_student, resolve_model
 from kdscale.errors import CheckpointError
+from kdscale.mirror import find
 
 
 def export_checkpoint(config: RunConfig, checkpoint: str, out: Path | None) -> Path:
@@ -21,7 +22,7 @@ def export_checkpoint(config: RunConfig, checkpoint: str, out: Path | None) -> P
         CheckpointError: no checkpoint, a damaged one, or one of another student.
     """
     run = Path(config.run.dir) / config.run.name
-    found = newest(run / "checkpoints") if checkpoint == "auto" else verify(Path(checkpoint))
+    found = find(config, "auto") if checkpoint == "auto" else verify(Path(checkpoint))
     if found is None:
         raise CheckpointError(f"{run / 'checkpoints'} holds no checkpoint; train first, or name one with --checkpoint")
     directory = resolve_model(config.teacher.model)

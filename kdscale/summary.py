@@ -76,6 +76,7 @@ def make_summary(
         "bytes_per_token": _bytes_per_token(config, prepared, report) if soft else None,
         "teacher_wait_share": totals["wait_seconds"] / totals["seconds"] if totals["seconds"] else None,
         "checkpoint_stall_seconds": totals["checkpoint_stall_seconds"],
+        "mirror": report["mirror"],
         "hard_weight": config.model_dump()["loss"]["hard_weight"],
         "heldout_tokens": after.get("num_tokens"),
         "kl_before": before.get("kl"),

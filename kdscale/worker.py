@@ -46,8 +46,8 @@ def train(config: RunConfig, given: argparse.Namespace) -> int:
     from kdscale.display import Display
     from kdscale.driver import write_json
     from kdscale.engine import process
-    from kdscale.engine.checkpoint import find
     from kdscale.engine.settings import topology_of
+    from kdscale.mirror import find
     from kdscale.prepare import corpus_of, prepare, require_resumable, run_identity
     from kdscale.start import ServedTeacher, stop_on_signals
     from kdscale.student.job import StudentJob
@@ -84,7 +84,7 @@ def train(config: RunConfig, given: argparse.Namespace) -> int:
     identity = run_identity(config, prepared)
     identity["corpus"] = corpus_of(config, prepared, lambda done, total, what: None).fingerprint
     if rank == 0:
-        checkpoint = find(directory / "checkpoints", given.resume)
+        checkpoint = find(config, given.resume)
         require_resumable(config, checkpoint, identity)
         dump_resolved(config, directory / "config.yaml")
         resume_from = str(checkpoint.directory.absolute()) if checkpoint else ""

@@ -4,7 +4,7 @@ import ipaddress
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from kdscale.config.schedule import Scheduled, ends, within
 from kdscale.config.section import Section
@@ -293,6 +293,9 @@ class CheckpointSection(Section):
     and the one before it leaves on a signal, always end it."""
     write_seconds: float = Field(600, gt=0)
     """A checkpoint that is not written within this time counts as failed."""
+    mirror: str | None = None
+    """URL (``s3://bucket/runs``, ``file:///backup``) below which, in ``NAME/``, each whole checkpoint is copied behind the
+    training, and from where a host without the run's directory goes on. A copy that fails is counted and ends no run."""
     allow_changed: list[str] = Field([])
     """Settings (dotted names, or whole sections) that may differ from the checkpoint's when a run goes on from it; also
     ``--allow-changed``. Otherwise a run of other meaning is refused with the differences."""
@@ -302,6 +305,13 @@ class CheckpointSection(Section):
         if self.every_steps is None and self.every_seconds is None:
             raise ValueError("checkpoint.every_steps and checkpoint.every_seconds are both null; set one of them")
         return self
+
+    @field_validator("mirror")
+    @classmethod
+    def _url(cls, mirror: str | None) -> str | None:
+        if mirror is not None and ("://" not in mirror or mirror.startswith("memory:")):
+            raise ValueError("a URL that other processes can open, like s3://bucket/runs or file:///backup")
+        return mirror
 
 
 class ExportSection(Section):

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import re
+import socket
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,29 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdscale.config.sections import StudentSection
 from kdscale.engine.attention import attend_by_document
-from kdscale.errors import ModelError
+from kdscale.errors import IdentityError, ModelError
 from kdscale.head import HeadSpec, head_logits
+from kdscale.storage import fetch, is_url, model_cache
 
 # A rank's log is no terminal.
 disable_progress_bar()
 
+_MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _LAYER = re.compile(r"(\.(?:layers|h|blocks)\.)(\d+)(?=\.)")
 
 
 def resolve_model(name: str) -> Path:
-    """The local directory of a model: ``name`` itself, or a snapshot of the hub's model of that name.
+    """The local directory of a model: ``name`` itself, or this node's copy of the one at a URL or of the hub's model of that
+    name.
 
     Raises:
         ModelError: no such directory, and the hub does not give it; or its weights are not in safetensors files of its own.
+        StorageError: the URL cannot be read.
     """
+    if is_url(name):
+        path = fetch(name, model_cache(), _part_of_model)
+        _weight_files(path)
+        return path
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -41,8 +51,7 @@ def resolve_model(name: str) -> Path:
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise ModelError(f"{name} is not a directory; give a Hugging Face model directory or a hub name")
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        path = Path(snapshot_download(name, allow_patterns=patterns))
+        path = Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ModelError(
             f"{name} is neither a local directory nor a model the hub gives: {str(error).splitlines()[0]}; check the"
@@ -78,6 +87,33 @@ def _weight_files(directory: Path) -> list[str]:
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ModelError(f"{index} names {file!r}; weights must be safetensors files in {directory} itself")
     return files
+
+
+def _part_of_model(name: str) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in _MODEL_FILES)
+
+
+def model_here(directory: Path, name: str, digest: str) -> Path:
+    """The model ``name``, which another node found in ``directory``, on this node: there too, or fetched.
+
+    Raises:
+        ModelError: it is not here, and ``name`` is a path.
+        StorageError: its URL cannot be read.
+        IdentityError: what is here is another model than that of ``digest``.
+    """
+    if not (directory / "config.json").is_file():
+        if not is_url(name) and Path(name).is_absolute():
+            raise ModelError(
+                f"node {socket.gethostname()} has no model in {directory}: put it there, or on storage that all nodes with"
+                " ranks see, or name it by a URL (file://, s3://, ...), from where each node fetches it"
+            )
+        directory = resolve_model(name)
+    if (found := model_digest(directory)) != digest:
+        raise IdentityError(
+            f"node {socket.gethostname()}: the model in {directory} is another one ({found}) than the run's {name} ({digest});"
+            " put the same files on all nodes"
+        )
+    return directory
 
 
 def model_digest(directory: Path) -> str:

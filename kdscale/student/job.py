@@ -19,7 +19,7 @@ from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
 from kdscale.engine.attention import attend_by_document
 from kdscale.engine.export import write_model
-from kdscale.engine.models import build_student
+from kdscale.engine.models import build_student, model_here
 from kdscale.engine.saver import Saver
 from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
 from kdscale.engine.shards import index_files
@@ -37,6 +37,7 @@ from kdscale.evaluate.quality import (
 )
 from kdscale.head import Head
 from kdscale.metrics import MetricsFile, StepMetrics
+from kdscale.mirror import Mirror, mirror_of
 from kdscale.stream.client import FlightSource
 from kdscale.stream.filling import Filling
 from kdscale.stream.protocol import Access
@@ -85,7 +86,8 @@ class StudentJob:
         self._directory = Path(setup.run_directory)
         self._topology = topology_of(config.student.parallel)
 
-        model = build_student(config.student, Path(setup.teacher_directory), self._dtype)
+        self._teacher = model_here(Path(setup.teacher_directory), config.teacher.model, setup.meaning.teacher)
+        model = build_student(config.student, self._teacher, self._dtype)
         if config.student.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -191,6 +193,7 @@ class StudentJob:
         source.close()
         saving.finish()
         stall_s = outcome.totals.checkpoint_stall_seconds + saving.take_stall_seconds()
+        report["mirror"] = saving.mirrored()
         report["totals"] = asdict(replace(outcome.totals, checkpoint_stall_seconds=stall_s))
         return report
 
@@ -232,7 +235,7 @@ class StudentJob:
 
     def _text(self) -> tuple[Tokenizer, Corpus]:
         """Tokenizer and corpus; the driver has tokenized it, so this finds it in the cache."""
-        tokenizer = load_tokenizer(self._config.data.tokenizer or self._setup.teacher_directory)
+        tokenizer = load_tokenizer(self._config.data.tokenizer or str(self._teacher))
         return tokenizer, build_corpus(self._config.data, tokenizer, lambda done, total, what: None)
 
     def _check_teacher(
@@ -284,7 +287,7 @@ class StudentJob:
             return "not checked: evaluate.canary_rows = 0"
         if self._config.targets.payload == "sampled" and needs_no_teacher(self._config.targets):
             return "not checked: samples on disk tell no log-probabilities"
-        directory = Path(self._setup.teacher_directory)
+        directory = self._teacher
         gib = sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 2**30
         if gib > self._config.evaluate.canary_max_gib:
             return f"not checked: the teacher's files are {gib:.1f} GiB, above evaluate.canary_max_gib"
@@ -319,7 +322,7 @@ class StudentJob:
     # ---- what stays ----
 
     def _open_saving(self) -> Saving:
-        config = self._config
+        config, url = self._config, mirror_of(self._config)
         saver = Saver(
             self._student.engine,
             self._directory / "checkpoints",
@@ -339,6 +342,7 @@ class StudentJob:
             emit=self._emit,
             should_stop=self._should_stop,
             grace_s=config.cluster.grace_seconds,
+            mirror=Mirror(url, config.checkpoint.keep, self._start) if url is not None and self._rank == 0 else None,
         )
         return self._saving
 

@@ -9,6 +9,7 @@ from kdscale import log
 from kdscale.config.sections import CheckpointSection
 from kdscale.engine.saver import Outcome, Saver
 from kdscale.errors import CheckpointError
+from kdscale.mirror import Mirror
 from kdscale.student.step import Signals
 from kdscale.student.trainer import Totals
 
@@ -38,12 +39,13 @@ class Saving:
         emit: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
         grace_s: float,
+        mirror: Mirror | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._saver, self._section, self._rank = saver, section, rank
         self._identity, self._notes, self._small = identity, notes, small
         self._emit, self._should_stop = emit, should_stop
-        self._grace_s, self._clock = grace_s, clock
+        self._grace_s, self._mirror, self._clock = grace_s, mirror, clock
         self._last_save = clock()
         self._stall_s = 0.0
 
@@ -69,6 +71,9 @@ class Saving:
             self._save(done, totals, leaving=bool(heard.stop))
         if heard.stop and not last:
             self._note(self._saver.wait(), needed=True)
+            if self._mirror is not None:
+                # It is saved; the other half of the grace is for leaving.
+                self._mirror.wait(self._grace_s / 2)
         self._stall_s += time.monotonic() - began
 
     def _save(self, step: int, totals: Totals, *, leaving: bool) -> None:
@@ -84,6 +89,12 @@ class Saving:
         began = time.monotonic()
         self._note(self._saver.wait(), needed=True)
         self._stall_s += time.monotonic() - began
+        if self._mirror is not None:
+            self._mirror.wait(self._section.write_seconds)
+
+    def mirrored(self) -> dict[str, int] | None:
+        """Checkpoints copied to the mirror and copies that failed, in this life of the rank; none without a mirror."""
+        return None if self._mirror is None else {"copied": self._mirror.copied, "failures": self._mirror.failures}
 
     def settle(self, limit_s: float) -> None:
         """See ``Saver.settle``; needs no other rank."""
@@ -98,6 +109,8 @@ class Saving:
         if outcome is None:
             return
         if not outcome.fault:
+            if self._mirror is not None:
+                self._mirror.offer(outcome.directory)
             self._emit({"kind": "checkpoint", "path": str(outcome.directory), "text": _line(outcome)})
             return
         what = f"checkpoint step-{outcome.step} could not be written: {outcome.fault}"

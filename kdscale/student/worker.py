@@ -22,6 +22,7 @@ class StudentSetup:
     meaning: Meaning
     identity: dict[str, Any]
     teacher_directory: str
+    """Where the driver's node has the teacher."""
     run_directory: str
     resume_from: str | None
     """Directory of a verified checkpoint; none starts fresh."""

@@ -5,6 +5,7 @@ Only plain values go in and out; torch and DeepSpeed load on the rank's own node
 
 import mmap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdscale import log
@@ -31,7 +32,7 @@ class ReplicaSetup:
 
     teacher: TeacherSection
     directory: str
-    """Local model directory."""
+    """Where the driver's node has the model."""
     meaning: Meaning
     network: str
     token: str
@@ -80,6 +81,7 @@ class TeacherRank:
         import psutil
 
         from kdscale.engine import process
+        from kdscale.engine.models import model_here
         from kdscale.engine.settings import teacher_settings
         from kdscale.engine.sharding import InferenceModel
         from kdscale.teacher.model import TeacherModel
@@ -87,7 +89,9 @@ class TeacherRank:
         process.set_threads(setup.teacher.cpus_per_rank, deterministic=setup.deterministic)
         dtype = process.resolve_dtype(setup.teacher.dtype, self._device)
         name = str(dtype).removeprefix("torch.")
-        inference = InferenceModel(setup.directory, teacher_settings(self._member.world, name), dtype, self._device)
+        self._model_directory = str(model_here(Path(setup.directory), setup.teacher.model, setup.meaning.teacher))
+        settings = teacher_settings(self._member.world, name)
+        inference = InferenceModel(self._model_directory, settings, dtype, self._device)
         self._setup, self._inference = setup, inference
         self._model = TeacherModel(inference, setup.meaning.vocab_size, self._device)
         self._facts = {
@@ -154,7 +158,7 @@ class TeacherRank:
         from kdscale.engine.generation import write_on
 
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._setup.directory)
+            self._tokenizer = load_tokenizer(self._model_directory)
         model = self._inference.model
         ends = _ends(getattr(model, "generation_config", None), self._tokenizer.eos_id)
         vocab_size = self._setup.meaning.vocab_size

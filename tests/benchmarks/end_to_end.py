@@ -36,7 +36,7 @@ import torch
 from tests.benchmarks.turns import ROOT, Side, compare, machine, say, serve
 
 CONFIG = "configs/quickstart.yaml"
-BLOCK, ROUNDS, RATE = 3, 7, 5e-4
+BLOCK, ROUNDS, RATE = 6, 7, 5e-4
 """Steps of a round, rounds, learning rate."""
 STEPS = BLOCK * (ROUNDS + 2)
 OVERRIDES = [

@@ -30,7 +30,7 @@ def require_locked() -> None:
             f"the Ray cluster of {head} listens at {', '.join(reachable[:3])} and takes orders without a token, from anybody;"
             " start it with RAY_AUTH_MODE=token (launch/ray_head.sh and launch/ray_worker.sh do), or on 127.0.0.1 alone"
         )
-    if os.environ.get("RAY_USE_TLS", "0") != "1":
+    if len(reachable) > 1 and os.environ.get("RAY_USE_TLS", "0") != "1":
         _LOG.warning(
             "Ray between %s is guarded by its token and not encrypted (RAY_USE_TLS is not 1): that network must be private",
             ", ".join(reachable[:3]),
@@ -53,7 +53,7 @@ def _asks_for_token(head: str) -> bool:
 
 
 def _channel(head: str) -> grpc.Channel:
-    if os.environ.get("RAY_USE_TLS", "0") != "1":
+    if len(reachable) > 1 and os.environ.get("RAY_USE_TLS", "0") != "1":
         return grpc.insecure_channel(head)
     authority, key, certificate = (
         Path(os.environ[f"RAY_TLS_{name}"]).read_bytes() for name in ("CA_CERT", "SERVER_KEY", "SERVER_CERT")

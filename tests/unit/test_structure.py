@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "kdscale"
 LAYERS = [
     {"errors"},
     {"spec", "credentials", "durable"},
-    {"log", "config", "topology"},
+    {"log", "config", "topology", "node", "roster"},
     {"head", "metrics", "identity", "storage"},
     {"batch"},
     {"data", "targets", "losses"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"waits"},
     {"serve"},
     {"driver"},
-    {"show", "doctor", "offline", "probe", "worker"},
+    {"show", "doctor", "offline", "probe", "worker", "launcher"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -151,6 +151,48 @@ def generate(
 
 
 @app.command(
+    epilog="Examples:  kdscale launch configs/quickstart.yaml --teacher-endpoints runs/teacher.json"
+    " student.parallel.data=2  |  kdscale launch my.yaml --teacher-endpoints runs/teacher.json --hostfile hosts --node_rank 1"
+    " --master_addr 10.0.0.5"
+)
+def launch(
+    config: ConfigFile,
+    teacher_endpoints: Annotated[Path, typer.Option(help="access file that `kdscale teacher` wrote")],
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: the newest whole checkpoint of the run; never: from zero; or a checkpoint's PATH")
+    ] = "auto",
+    allow_changed: AllowChanged = None,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option(
+            help="lines HOST slots=RANKS, the same on each host, where this command runs too; none: this host alone"
+        ),
+    ] = None,
+    node_rank: Annotated[int, typer.Option("--node_rank", help="which line of the hostfile this host is, from 0")] = 0,
+    master_addr: Annotated[
+        str | None, typer.Option("--master_addr", help="the first host's address in stream.network")
+    ] = None,
+    master_port: Annotated[
+        int, typer.Option("--master_port", help="where ranks meet (default: a free one; 29500 with a hostfile)")
+    ] = 0,
+) -> None:
+    """Train under the DeepSpeed launcher, without Ray, from a served teacher. Ctrl-C saves; the same command goes on."""
+    from kdscale import launcher
+
+    changes = [*(overrides or []), *_allowing(allow_changed)]
+    settings = anchored(load_config(config, changes), Path.cwd())
+    _require_served(teacher_endpoints)
+    if hostfile is None:
+        hosts = launcher.alone(settings, master_port)
+    elif master_addr is None:
+        raise ConfigError("--hostfile needs --master_addr, the first host's address in stream.network")
+    else:
+        hosts = launcher.among(settings, hostfile, node_rank, master_addr, master_port or 29500)
+    raise typer.Exit(launcher.launch(settings, config, changes, teacher_endpoints, resume, hosts))
+
+
+@app.command(
     name="eval",
     epilog="Examples:  kdscale eval configs/quickstart.yaml --model runs/quickstart/student  |  kdscale eval"
     " configs/quickstart.yaml --checkpoint runs/quickstart/checkpoints/step-40",
@@ -279,6 +321,12 @@ def _allowing(names: str | None) -> list[str]:
     return [] if names is None else [f"checkpoint.allow_changed=[{names}]"]
 
 
+def _require_served(access_file: Path) -> None:
+    """Raises: ConfigError."""
+    if not access_file.is_file():
+        raise ConfigError(f"--teacher-endpoints {access_file} does not exist; `kdscale teacher` writes it")
+
+
 def _drive(flow: str, settings: RunConfig, argument: str, teacher_endpoints: Path | None) -> NoReturn:
     """Run a flow of the driver under supervision and exit with its code."""
     settings = anchored(settings, Path.cwd())
@@ -288,8 +336,7 @@ def _drive(flow: str, settings: RunConfig, argument: str, teacher_endpoints: Pat
     dump_resolved(settings, resolved)
     command = [sys.executable, "-m", "kdscale.driver", flow, str(resolved), argument]
     if teacher_endpoints is not None:
-        if not teacher_endpoints.is_file():
-            raise ConfigError(f"--teacher-endpoints {teacher_endpoints} does not exist; `kdscale teacher` writes it")
+        _require_served(teacher_endpoints)
         command.append(str(teacher_endpoints))
     lock = directory / f".{flow}.lock"
     raise typer.Exit(supervise.supervise(command, lock, settings.cluster.grace_seconds))

@@ -20,9 +20,9 @@ from kdscale.config.sections import StreamSection
 from kdscale.credentials import Credentials, Keys
 from kdscale.display import Display
 from kdscale.engine.checkpoint import Checkpoint
-from kdscale.engine.process import address_in
 from kdscale.errors import StreamError, TeacherError
 from kdscale.estimate import host_memory
+from kdscale.node import address_in
 from kdscale.prepare import Prepared
 from kdscale.stream.directory import DirectoryServer, Registry, list_endpoints
 from kdscale.stream.protocol import Access, require_same_meaning

@@ -1,10 +1,12 @@
 """The parent of a run: owns its processes and temporary files, and sweeps what is left when anything inside dies.
 
-``kdscale train`` is the supervisor; the driver is its child in a session of its own. Every process of a run, Ray's
-daemons and actors included, inherits ``KDSCALE_RUN_MARK`` and is found by it, whoever its parent has become. A pipe tells
-the driver when the supervisor is gone: it then stops as if asked to, and sweeps in its place.
+``kdscale train`` is the supervisor; the driver is its child in a session of its own. ``kdscale.launcher`` is one too, of the
+ranks under the DeepSpeed launcher on its host. Every process of a run, Ray's daemons and actors included, inherits
+``KDSCALE_RUN_MARK`` and is found by it, whoever its parent has become. A lifeline (a named pipe) tells those who follow it
+when the supervisor is gone, or lets go of them: they stop as if asked to, and sweep in its place.
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -16,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -29,10 +31,56 @@ from kdscale.errors import PlacementError
 _LOG = log.get(__name__)
 _MARK = "KDSCALE_RUN_MARK"
 _TEMP = "KDSCALE_TEMP_DIR"
-_LIFELINE = "KDSCALE_LIFELINE_FD"
+_LIFELINE = "lifeline"
 _LONGEST_TEMP = 40
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
+
+
+class Owned:
+    """What a supervisor owns: its run's mark, temporary directory and lifeline."""
+
+    def __init__(self, lock: IO[str]) -> None:
+        self.lock = lock
+        self.mark = uuid.uuid4().hex
+        self.temp = Path(_make_temp())
+        pipe = self.temp / _LIFELINE
+        os.mkfifo(pipe, 0o600)
+        # Open both ways: opening it to write alone would wait for a reader.
+        self._held: int | None = os.open(pipe, os.O_RDWR | os.O_CLOEXEC)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | {_MARK: self.mark, _TEMP: str(self.temp)}
+
+    def let_go(self) -> None:
+        """Ask who follows the lifeline to save and leave."""
+        if self._held is not None:
+            # A lifeline that is there and held by nobody tells that the supervisor is gone.
+            (self.temp / _LIFELINE).unlink()
+            os.close(self._held)
+            self._held = None
+
+    def sweep(self) -> int:
+        """SIGKILL what is left of the run; returns how many there were."""
+        return sweep(self.mark, spare={os.getpid()})
+
+
+@contextlib.contextmanager
+def owned(lock_file: Path) -> Iterator[Owned]:
+    """The lock, and a mark, directory and lifeline; nothing of the run is left when the context ends.
+
+    Raises:
+        PlacementError: another process works on the same run.
+    """
+    with only_one(lock_file) as lock:
+        run = Owned(lock)
+        try:
+            yield run
+        finally:
+            run.let_go()
+            run.sweep()
+            shutil.rmtree(run.temp, ignore_errors=True)
 
 
 def supervise(command: list[str], lock_file: Path, grace_seconds: float) -> int:
@@ -43,23 +91,13 @@ def supervise(command: list[str], lock_file: Path, grace_seconds: float) -> int:
     Raises:
         PlacementError: another process works on the same run.
     """
-    mark = uuid.uuid4().hex
-    with only_one(lock_file) as lock:
-        temp = _make_temp()
-        read_end, write_end = os.pipe()
-        environment = os.environ | {_MARK: mark, _TEMP: temp, _LIFELINE: str(read_end)}
+    with owned(lock_file) as run:
         # The driver holds the lock too, for when this process is killed.
-        child = subprocess.Popen(command, env=environment, pass_fds=(read_end, lock.fileno()), start_new_session=True)
-        os.close(read_end)
-        try:
-            return _wait(child, grace_seconds)
-        finally:
-            os.close(write_end)
-            sweep(mark, spare={os.getpid()})
-            shutil.rmtree(temp, ignore_errors=True)
+        child = subprocess.Popen(command, env=run.environment, pass_fds=(run.lock.fileno(),), start_new_session=True)
+        return _wait(child, grace_seconds)
 
 
-@contextmanager
+@contextlib.contextmanager
 def only_one(lock_file: Path) -> Iterator[IO[str]]:
     """Hold a run's lock; it dies with its last holder, so there is no stale one. Raises: PlacementError when it is held."""
     lock_file.parent.mkdir(parents=True, exist_ok=True)
@@ -79,31 +117,46 @@ def _make_temp() -> str:
     return tempfile.mkdtemp(prefix="kdscale-", dir="/tmp" if deep else None)
 
 
-def _wait(child: "subprocess.Popen[bytes]", grace_seconds: float) -> int:
-    asked = threading.Event()
+@dataclass
+class Wish:
+    """What SIGINT and SIGTERM have asked of a supervisor. Plain flags: a signal may come while a lock of its own is held."""
+
+    leave: bool = False
+    at_once: bool = False
+    """Asked again."""
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Wish]:
+    """Hear SIGINT and SIGTERM for as long as the context lasts."""
+    wish = Wish()
 
     def ask(signum: int, frame: FrameType | None) -> None:
-        if not asked.is_set():
-            asked.set()
-            child.terminate()
-        else:
-            child.kill()
+        wish.at_once, wish.leave = wish.leave, True
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while child.poll() is None and not asked.wait(0.1):
-            pass
-        deadline = time.monotonic() + grace_seconds + 1.0
-        while child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if child.poll() is None:
-            _LOG.warning("the driver did not leave within %g s of grace; killing it", grace_seconds)
-            child.kill()
-        code = child.wait()
+        yield wish
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if asked.is_set():
+
+
+def _wait(child: "subprocess.Popen[bytes]", grace_seconds: float) -> int:
+    with listening() as wish:
+        while child.poll() is None and not wish.leave:
+            time.sleep(0.05)
+        if child.poll() is None:
+            child.terminate()
+        deadline = time.monotonic() + grace_seconds + 1.0
+        while child.poll() is None and time.monotonic() < deadline and not wish.at_once:
+            time.sleep(0.05)
+        if child.poll() is None:
+            if not wish.at_once:
+                _LOG.warning("the driver did not leave within %g s of grace; killing it", grace_seconds)
+            child.kill()
+        code = child.wait()
+    if wish.leave:
         return INTERRUPTED
     if code < 0:
         print(f"kdscale: the driver was killed by {signal.Signals(-code).name}", file=sys.stderr)
@@ -135,7 +188,7 @@ def _carries(process: psutil.Process, mark: str) -> bool:
         return False
 
 
-# ---- inside the driver ----
+# ---- inside the driver, or a launched rank ----
 
 
 def temp_dir() -> str | None:
@@ -144,13 +197,20 @@ def temp_dir() -> str | None:
 
 
 def follow_supervisor(grace_seconds: float) -> None:
-    """Ask this process to stop when its supervisor is gone, and sweep in its place once the grace is over."""
-    if _LIFELINE not in os.environ:
+    """Ask this process to stop when its supervisor is gone or has let go, and sweep in its place once the grace is over."""
+    temp, mark = temp_dir(), os.environ.get(_MARK)
+    if temp is None or mark is None:
         return
-    lifeline, mark = int(os.environ[_LIFELINE]), os.environ[_MARK]
+    try:
+        # Without waiting for a writer: the supervisor may be gone already.
+        lifeline: int | None = os.open(Path(temp) / _LIFELINE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        lifeline = None
 
     def watch() -> None:
-        os.read(lifeline, 1)
+        if lifeline is not None:
+            os.set_blocking(lifeline, True)
+            os.read(lifeline, 1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(grace_seconds + 1.0)
         leave(mark)
@@ -164,5 +224,27 @@ def leave(mark: str | None = None) -> None:
     mark = mark or os.environ.get(_MARK)
     if mark:
         sweep(mark, spare={os.getpid(), os.getppid()})
-        if os.getppid() == 1 and (temp := temp_dir()):
-            shutil.rmtree(temp, ignore_errors=True)
+    tidy()
+
+
+def tidy() -> None:
+    """Remove the run's temporary directory where the supervisor is gone."""
+    temp = temp_dir()
+    if temp is None or not _abandoned(Path(temp) / _LIFELINE):
+        return
+    # Another rank may still write there: it finds no directory from here on.
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(Path(temp).rename(f"{temp}.gone"), ignore_errors=True)
+
+
+def _abandoned(lifeline: Path) -> bool:
+    try:
+        end = os.open(lifeline, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    try:
+        return os.read(end, 1) == b""
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(end)

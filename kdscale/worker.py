@@ -1,6 +1,7 @@
 """A student rank under the DeepSpeed launcher, which learns from a teacher that `kdscale teacher` serves. No Ray of its own.
 
-    kdscale teacher CONFIG --write runs/teacher.json                                   # in another shell, or on the cluster
+`kdscale launch` starts and watches the launcher; by hand it is
+
     deepspeed --num_accelerators 2 --module kdscale.worker --config CONFIG --teacher-endpoints runs/teacher.json \
         student.parallel.data=2
 """
@@ -15,7 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from kdscale import log, supervise
+from kdscale import log, roster, supervise
 from kdscale.config import RunConfig, load_config
 from kdscale.config.anchor import anchored
 from kdscale.config.load import dump_resolved
@@ -64,6 +65,7 @@ def train(config: RunConfig, given: argparse.Namespace) -> int:
         )
     stop = threading.Event()
     stop_on_signals(stop)
+    supervise.follow_supervisor(config.cluster.grace_seconds)
     display = Display(config.train.steps) if rank == 0 else None
 
     def emit(event: dict[str, Any]) -> None:
@@ -72,6 +74,8 @@ def train(config: RunConfig, given: argparse.Namespace) -> int:
 
     prepared = prepare(config)
     access = ServedTeacher(given.teacher_endpoints, config.stream, prepared).access
+    if stop.is_set():
+        return supervise.INTERRUPTED
     network, limit_s = config.stream.network, config.student.start_seconds
     address = launched("MASTER_ADDR"), int(launched("MASTER_PORT"))
     member = process.Member(rank, world)
@@ -117,6 +121,7 @@ def train(config: RunConfig, given: argparse.Namespace) -> int:
 def main() -> None:
     given = arguments()
     log.setup(f"student {os.environ.get('RANK', '')}")
+    signed = roster.sign_in(supervise.temp_dir())
     try:
         config = anchored(load_config(given.config, given.overrides), Path.cwd())
         if config.targets.source != "live":
@@ -134,6 +139,8 @@ def main() -> None:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    signed.out(code)
+    supervise.tidy()
     # Threads of DeepSpeed and Flight that wait for nothing any more would keep the process.
     os._exit(code)
 

@@ -6,8 +6,8 @@ usage() {
   cat <<'TEXT'
 usage: bash launch/job.sh FILES CONFIG [KEY=VALUE]...
 
-Runs `kdscale train` on the cluster this job runs on: code and CONFIG from the working directory, relative paths (models,
-data, runs) from FILES.
+Runs `kdscale train` on the cluster this job runs on: code and CONFIG (unless it is an absolute path) from the working
+directory, relative paths (models, data, runs) from FILES.
 TEXT
 }
 
@@ -16,7 +16,8 @@ case "${1:-}" in
 esac
 [[ $# -ge 2 ]] || { usage >&2; exit 2; }
 code="$PWD"
-config="$code/$2"
+config="$2"
+[[ "$config" == /* ]] || config="$code/$config"
 cd "$1"
 shift 2
 PYTHONPATH="$code" exec python -m kdscale.cli train "$config" cluster.address=auto "$@"

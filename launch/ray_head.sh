@@ -15,6 +15,7 @@ takes the jobs, listens on loopback: reach it from elsewhere through ssh -L 8265
 environment:
   KDSCALE_VENV          environment of launch/install.sh             (default: .venv)
   KDSCALE_NODE_ADDRESS  address of this node, known to the others    (default: 127.0.0.1: no other node can join)
+  KDSCALE_NETWORK       or the network (CIDR) that holds its address
   KDSCALE_RAY_PORT      port of the head                             (default: 6379)
   KDSCALE_JOBS_PORT     port that takes jobs, on loopback            (default: 8265)
   KDSCALE_AGENT_PORT    port of the node's agent                     (default: 52365)

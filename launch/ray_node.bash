@@ -9,6 +9,11 @@ export RAY_USAGE_STATS_ENABLED=0
 export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-30}"
 ray_temp="${KDSCALE_RAY_TEMP:-/tmp/kdscale-ray}"
 node_address="${KDSCALE_NODE_ADDRESS:-}"
+# This node's address in KDSCALE_NETWORK.
+address_here() {
+  python -c 'import sys; from kdscale.node import address_in; print(address_in(sys.argv[1])[0])' "$KDSCALE_NETWORK"
+}
+[[ -n "$node_address" || -z "${KDSCALE_NETWORK:-}" ]] || node_address="$(address_here)"
 export KDSCALE_RAY_NODE="$ray_temp"
 
 # A token file that only this user can read, before anything listens.
@@ -17,7 +22,8 @@ make_token() {
   if [[ ! -s "$RAY_AUTH_TOKEN_PATH" ]]; then
     (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' >"$RAY_AUTH_TOKEN_PATH")
   fi
-  chmod 600 "$RAY_AUTH_TOKEN_PATH"
+  # A secret that is mounted read-only may be right already.
+  [[ "$(stat -Lc %a "$RAY_AUTH_TOKEN_PATH")" == [46]00 ]] || chmod 600 "$RAY_AUTH_TOKEN_PATH"
 }
 
 start_node() {

@@ -53,7 +53,7 @@ def _asks_for_token(head: str) -> bool:
 
 
 def _channel(head: str) -> grpc.Channel:
-    if len(reachable) > 1 and os.environ.get("RAY_USE_TLS", "0") != "1":
+    if os.environ.get("RAY_USE_TLS", "0") != "1":
         return grpc.insecure_channel(head)
     authority, key, certificate = (
         Path(os.environ[f"RAY_TLS_{name}"]).read_bytes() for name in ("CA_CERT", "SERVER_KEY", "SERVER_CERT")

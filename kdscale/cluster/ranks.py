@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from kdscale.cluster.placement import Ask
 from kdscale.credentials import Keys
 from kdscale.errors import KdscaleError
+from kdscale.node import rank_environment
 
 # Clocks that tell when a process started differ by less, and no pid is used again as fast.
 _SAME_START_S = 2.0
@@ -46,20 +47,7 @@ class RankGroup:
     def __init__(self, actor_class: type, ask: Ask, group: PlacementGroup, fault: type[KdscaleError]) -> None:
         self.what = ask.what
         self.fault = fault
-        env = {
-            # Spinning threads would take the cores of the other ranks on the node.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "OMP_NUM_THREADS": str(ask.cpus_per_rank),
-            "TOKENIZERS_PARALLELISM": "false",
-            # Deprecations inside the libraries are no news for users, nor is a progress bar from each rank.
-            "PYTHONWARNINGS": "ignore::FutureWarning",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        }
-        if not ask.gpus_per_rank:
-            env["DS_ACCELERATOR"] = "cpu"
-            # glibc hands large blocks back to the kernel at once and faults them in again at the next step, a fifth of a
-            # step's time: keep them.
-            env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_ARENA_MAX": "1"}
+        env = rank_environment(ask.cpus_per_rank, ask.gpus_per_rank)
         # A second call runs beside a rank's long one: asking for figures, or telling it to stop.
         remote: Any = ray.remote(actor_class)
         self.actors: list[Any] = [

@@ -1,7 +1,6 @@
 """One process of a group: device, dtype, threads, seeds, and the process group under DeepSpeed."""
 
 import hashlib
-import ipaddress
 import os
 import random
 import socket
@@ -10,7 +9,6 @@ from datetime import timedelta
 import deepspeed
 import deepspeed.ops
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -19,20 +17,11 @@ from kdscale.config.hardware import cpu_has_bfloat16
 from kdscale.config.sections import Dtype
 from kdscale.credentials import Keys
 from kdscale.errors import PlacementError
+from kdscale.node import address_in
 
 # DeepSpeed builds this extension with g++ at every start, leaves tens of MB per rank in /dev/shm, and a process killed
 # in the build leaves a lock on which every later start waits for ever. gloo and NCCL train the same without it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def address_in(network: str) -> tuple[str, str]:
-    """This node's address in ``network`` (CIDR) and the name of its interface. Raises: PlacementError."""
-    wanted = ipaddress.ip_network(network)
-    for interface, addresses in psutil.net_if_addrs().items():
-        for one in addresses:
-            if one.family == socket.AF_INET and ipaddress.ip_address(one.address) in wanted:
-                return one.address, interface
-    raise PlacementError(f"no interface of {socket.gethostname()} has an address in stream.network = {network}")
 
 
 class Member:

@@ -12,6 +12,7 @@ from kdscale import log
 from kdscale.config.sections import TeacherSection
 from kdscale.credentials import Credentials, Keys
 from kdscale.errors import TeacherError
+from kdscale.node import address_in
 from kdscale.spec import Sampling
 from kdscale.stream.protocol import Meaning
 from kdscale.teacher.counters import Beat, Counters
@@ -104,13 +105,12 @@ class TeacherRank:
 
     def open_sequencer(self) -> tuple[str, int]:
         """Rank 0: start the sequencer; returns where it listens."""
-        from kdscale.engine import process
         from kdscale.teacher.lockstep import LockstepServer
         from kdscale.teacher.sequencer import Sequencer
 
         setup = self._setup
         sequencer = Sequencer(self._member.world, setup.teacher.max_batch_tokens, one_request=setup.deterministic)
-        host, _ = process.address_in(setup.network)
+        host, _ = address_in(setup.network)
         self._lockstep_server = LockstepServer(host, setup.token, self._member.world, sequencer, setup.keys)
         return self._lockstep_server.address
 
@@ -119,7 +119,6 @@ class TeacherRank:
 
         ``before``: by rank, what the replica's earlier generations had done.
         """
-        from kdscale.engine import process
         from kdscale.stream.server import TargetServer
         from kdscale.teacher.lockstep import LockstepClient
         from kdscale.teacher.rank import RankScorer
@@ -128,7 +127,7 @@ class TeacherRank:
         lockstep = LockstepClient(sequencer, setup.token, self._member.rank, setup.keys)
         facts = self._facts | {"replica": replica, "generation": generation}
         self._scorer = RankScorer(self._member.rank, self._model, lockstep, facts, before[self._member.rank])
-        host, _ = process.address_in(setup.network)
+        host, _ = address_in(setup.network)
         self._server = TargetServer(host, setup.token, setup.meaning, self._scorer, setup.credentials)
         return self._server.address
 

@@ -151,7 +151,7 @@ def test_another_token_opens_nothing(cluster: dict[str, str], tmp_path: Path):
     assert "submitted successfully" not in text
 
 
-@pytest.mark.parametrize("script", ["ray_head.sh", "ray_worker.sh", "submit.sh", "job.sh"])
+@pytest.mark.parametrize("script", ["ray_head.sh", "ray_worker.sh", "submit.sh", "job.sh", "deepspeed.sh"])
 def test_scripts_teach(script: str):
     code, text = shell(f"launch/{script}", "--help", env={})
     assert code == 0

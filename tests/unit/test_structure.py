@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2] / "kdscale"
 LAYERS = [
     {"errors"},
     {"spec", "credentials", "durable"},
-    {"log", "config", "topology"},
+    {"log", "config", "topology", "node", "roster"},
     {"head", "metrics", "identity", "tunnel", "storage"},
     {"batch"},
     {"data", "targets", "losses"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"waits"},
     {"serve", "generate"},
     {"driver"},
-    {"show", "doctor", "offline", "probe", "worker"},
+    {"show", "doctor", "offline", "probe", "worker", "launcher"},
     {"deploy"},
     {"cli"},
 ]

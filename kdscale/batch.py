@@ -53,12 +53,12 @@ class TokenBatch:
     @property
     def num_tokens(self) -> int:
         """Tokens trained on, T."""
-        return int(self.predicts_RL.sum())
+        return int(np.count_nonzero(self.predicts_RL))
 
     @property
     def num_tokens_real(self) -> int:
         """Tokens that are not padding: what a forward really reads."""
-        return int((self.segments_RL != PADDING_SEGMENT).sum())
+        return int(np.count_nonzero(self.segments_RL != PADDING_SEGMENT))
 
     def labels(self) -> np.ndarray:
         """The token each trained position predicts, int32 [T], in row-major order: the one place that shifts."""

@@ -24,7 +24,7 @@ from kdscale.spec import TargetSpec
 from kdscale.targets import arrow
 from kdscale.targets.decode import decode
 from kdscale.targets.encode import encode
-from kdscale.targets.layout import schema
+from kdscale.targets.layout import schema, schema_bytes
 from kdscale.targets.payloads import make_targets
 
 _CHUNK_BYTES = 64 << 20
@@ -150,7 +150,7 @@ def measure(
 
     def receive() -> SoftTargets:
         arrow.check(batch, wanted)
-        arrow.checksum(batch, {})
+        arrow.checksum(batch, schema_bytes(spec, vocab_size, hidden_size), {})
         return decode(batch, spec, vocab_size)
 
     decode_s, targets = _timed(receive, rounds)

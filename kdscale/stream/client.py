@@ -18,13 +18,14 @@ from kdscale.errors import IdentityError, PayloadError, StreamError
 from kdscale.head import Head
 from kdscale.spec import TargetSpec
 from kdscale.stream.lines import Line, Lines, Rebuilding, Retry
-from kdscale.stream.protocol import Access, Header, Meaning, call, connect, encode_rows, message
+from kdscale.stream.protocol import Access, Header, Meaning, call, connect, encode_rows, message, rows_schema
 from kdscale.stream.server import decode_head
 from kdscale.stream.source import Received
 from kdscale.stream.watchdog import Watch, Watchdog
 from kdscale.targets import arrow
 from kdscale.targets.decode import decode
 from kdscale.targets.layout import schema as target_schema
+from kdscale.targets.layout import schema_bytes
 
 _LOG = log.get(__name__)
 Answer = TypeVar("Answer")
@@ -135,6 +136,11 @@ class FlightSource:
                 teacher is being rebuilt: who rebuilds it says how often, and for how long.
         """
         since = time.monotonic()
+        try:
+            return once()
+        except Retry as error:
+            # What plans the attempts is made for a request that needs more than one: few do, and small ones would feel it.
+            failed = [error]
 
         def give_up(state: tenacity.RetryCallState) -> bool:
             nonlocal since
@@ -148,8 +154,14 @@ class FlightSource:
             stop=give_up,
             before_sleep=lambda state: self._say_failed(request, state),
         )
+
+        def attempt() -> Answer:
+            if failed:
+                raise failed.pop()
+            return once()
+
         try:
-            return retrying(once)
+            return retrying(attempt)
         except tenacity.RetryError as error:
             last = error.last_attempt.exception()
             raise StreamError(
@@ -169,14 +181,14 @@ class FlightSource:
     # ---- one attempt ----
 
     def _exchange(self, line: Line, header: Header, batch: TokenBatch) -> list[pa.RecordBatch]:
-        rows = encode_rows(batch)
         descriptor = fl.FlightDescriptor.for_command(header.dump(self._access.token))
         writer, reader = line.client.do_exchange(descriptor)
         watch = self._watchdog.watch(reader, line.endpoint)
         try:
             with writer:
-                writer.begin(rows.schema)
-                writer.write_batch(rows)
+                # The header travels with the schema: the teacher reads it while the rows are put together.
+                writer.begin(rows_schema(header.num_columns))
+                writer.write_batch(encode_rows(batch))
                 writer.done_writing()
                 return self._receive(reader, header, watch)
         except PayloadError as error:
@@ -193,8 +205,8 @@ class FlightSource:
     def _receive(self, reader: fl.FlightStreamReader, header: Header, watch: Watch) -> list[pa.RecordBatch]:
         """The answer's record batches: each agrees with its schema, declared size and checksum, all with the last one's count
         and digest."""
-        meaning = self._meaning
-        schema = target_schema(header.spec, meaning.vocab_size, meaning.hidden_size)
+        kind = (header.spec, self._meaning.vocab_size, self._meaning.hidden_size)
+        schema, schema_raw = target_schema(*kind), schema_bytes(*kind)
         digest = xxhash.xxh3_128()
         parts: list[pa.RecordBatch] = []
         count, progress, end = 0, -1, None
@@ -215,7 +227,7 @@ class FlightSource:
             arrow.check(chunk.data, schema)
             if chunk.data.num_rows != meta["count"] or meta["start"] != count:
                 raise PayloadError(f"{header.request}: {chunk.data.num_rows} rows where {meta['count']} are declared")
-            if arrow.checksum(chunk.data, meta) != meta["checksum"]:
+            if arrow.checksum(chunk.data, schema_raw, meta) != meta["checksum"]:
                 raise PayloadError(f"{header.request}: part {meta['sequence']} does not agree with its checksum")
             parts.append(chunk.data)
             count += chunk.data.num_rows

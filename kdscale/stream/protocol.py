@@ -4,6 +4,7 @@ import hmac
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,7 @@ def require_same_meaning(asked: Meaning, served: Meaning) -> None:
 # ---- token rows on the way to the teacher ----
 
 
+@lru_cache(maxsize=64)
 def rows_schema(num_columns: int) -> pa.Schema:
     int_plane = pa.binary(4 * num_columns)
     return pa.schema(
@@ -173,9 +175,10 @@ def decode_rows(batch: pa.RecordBatch, header: Header, vocab_size: int) -> Token
     ids, segments, positions = (
         arrow.plane(batch, name, "<i4", num_columns).copy() for name in ("ids", "segments", "positions")
     )
-    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+    # As unsigned numbers those below 0 are the largest.
+    if ids.size and ids.view(np.uint32).max() >= vocab_size:
         raise PayloadError(f"token ids span {ids.min()}..{ids.max()}; the teacher's vocabulary has {vocab_size}")
-    if positions.size and (positions.min() < 0 or positions.max() >= num_columns):
+    if positions.size and positions.view(np.uint32).max() >= num_columns:
         raise PayloadError(f"positions span {positions.min()}..{positions.max()}; rows have {num_columns} columns")
     predicts = arrow.plane(batch, "predicts", "u1", num_columns).astype(bool)
     return TokenBatch(

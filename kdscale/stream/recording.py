@@ -35,7 +35,7 @@ from kdscale.stream.source import Received
 from kdscale.stream.whole import MANIFEST
 from kdscale.targets import arrow
 from kdscale.targets.decode import decode
-from kdscale.targets.layout import row_bytes
+from kdscale.targets.layout import row_bytes, schema_bytes
 from kdscale.targets.layout import schema as target_schema
 
 _PROVENANCE, _HEAD = "PROVENANCE.json", "head.arrow"
@@ -90,6 +90,7 @@ class RecordingWriter:
     ) -> None:
         self._directory, self._name = directory, name
         self._schema = target_schema(spec, meaning.vocab_size, meaning.hidden_size)
+        self._schema_bytes = schema_bytes(spec, meaning.vocab_size, meaning.hidden_size)
         # The same rows fall into the same shards, however often recording was interrupted.
         self._rows_per_shard = max(
             1, shard_bytes // (row_tokens * row_bytes(spec, meaning.vocab_size, meaning.hidden_size))
@@ -102,7 +103,7 @@ class RecordingWriter:
         """A row's answer, as it arrived and was verified. Raises: RecordingError when it cannot be written."""
         batch = pa.concat_batches(parts)
         meta = {"key": key.hex()}
-        meta["checksum"] = arrow.checksum(batch, meta)
+        meta["checksum"] = arrow.checksum(batch, self._schema_bytes, meta)
         with _writing(self._partial):
             if self._writer is None:
                 self._file = pa.OSFile(str(self._partial), "wb")
@@ -195,11 +196,12 @@ class Recording:
 
     def _row(self, row: TokenBatch, spec: TargetSpec) -> SoftTargets:
         key = row_key(row)
-        expected = target_schema(spec, self._meaning.vocab_size, self._meaning.hidden_size)
+        kind = (spec, self._meaning.vocab_size, self._meaning.hidden_size)
+        expected = target_schema(*kind)
         if (place := self._place(key, spec)) is not None:
             batch, metadata = self._readers[place[0]].get_batch_with_custom_metadata(place[1])
             arrow.check(batch, expected)
-            if arrow.checksum(batch, {"key": key.hex()}) != metadata[b"checksum"].decode():
+            if arrow.checksum(batch, schema_bytes(*kind), {"key": key.hex()}) != metadata[b"checksum"].decode():
                 raise PayloadError(f"{place[0]}: row {place[1]} does not agree with its checksum; record it again")
             self.received.setdefault(spec.payload, Received()).add([batch])
             return decode(batch, spec, self._meaning.vocab_size)

@@ -24,6 +24,7 @@ from kdscale.stream.protocol import Header, Meaning, decode_rows, listening, ope
 from kdscale.targets import arrow
 from kdscale.targets.encode import encode
 from kdscale.targets.layout import schema as target_schema
+from kdscale.targets.layout import schema_bytes
 
 _PART_BYTES = 4 << 20
 """Of one message: large enough that its own cost is small, small enough that sending and checking overlap."""
@@ -99,13 +100,13 @@ class TargetServer(fl.FlightServerBase):
             raise fl.FlightUnauthenticatedError(str(error)) from error
         try:
             require_same_meaning(header.meaning, self._meaning)
+            # First what the client can take up while the rows are read.
+            writer.begin(target_schema(header.spec, self._meaning.vocab_size, self._meaning.hidden_size))
             batch = decode_rows(reader.read_chunk().data, header, self._meaning.vocab_size)
-            schema = target_schema(header.spec, self._meaning.vocab_size, self._meaning.hidden_size)
-            writer.begin(schema)
             targets = self._answer(self._scorer.submit(header.request, batch, header), context, writer)
             if targets is not None:
                 assert not isinstance(targets, Head)
-                _write(writer, header, targets, schema, self._meaning.vocab_size)
+                _write(writer, header, targets)
         except _FATAL as error:
             raise fl.FlightServerError(str(error), extra_info=type(error).__name__.encode()) from error
         except KdscaleError as error:
@@ -150,20 +151,20 @@ class TargetServer(fl.FlightServerBase):
         return None
 
 
-def _write(
-    writer: fl.MetadataRecordBatchWriter, header: Header, targets: SoftTargets, schema: pa.Schema, vocab_size: int
-) -> None:
+def _write(writer: fl.MetadataRecordBatchWriter, header: Header, targets: SoftTargets) -> None:
     """Send the answer in parts. Each one's metadata says what it is; the last one's also how much the whole is."""
+    kind = (header.spec, header.meaning.vocab_size, header.meaning.hidden_size)
+    schema, schema_raw = target_schema(*kind), schema_bytes(*kind)
     digest = xxhash.xxh3_128()
     total = len(targets)
     rows = max(1, _PART_BYTES * max(1, total) // max(1, sum(tensor.nbytes for tensor in targets.tensors())))
     for sequence, start in enumerate(range(0, max(total, 1), rows)):
         part = targets if total <= rows else targets.cut(slice(start, start + rows))
-        batch = encode(part, header.spec, schema, vocab_size)
+        batch = encode(part, header.spec, schema, header.meaning.vocab_size)
         meta: dict[str, Any] = {"request": header.request, "sequence": sequence, "start": start, "count": len(part)}
         if start + len(part) == total:
             meta |= {"end": total, "digest": digest.hexdigest()}
-        meta["checksum"] = arrow.checksum(batch, meta)
+        meta["checksum"] = arrow.checksum(batch, schema_raw, meta)
         digest.update(meta["checksum"].encode())
         writer.write_with_metadata(batch, json.dumps(meta).encode())
 
@@ -183,7 +184,7 @@ def encode_head(head: Head) -> pa.RecordBatch:
     meta = {"dtype": str(weight.dtype).removeprefix("torch."), "spec": asdict(head.spec)}
     schema = pa.schema(fields, metadata={"kdscale": json.dumps(meta)})
     batch = arrow.record_batch(columns, schema)
-    checksum = arrow.checksum(batch, {})
+    checksum = arrow.checksum(batch, schema.serialize().to_pybytes(), {})
     return batch.replace_schema_metadata({"kdscale": json.dumps(meta), "checksum": checksum})
 
 
@@ -193,7 +194,7 @@ def decode_head(batch: pa.RecordBatch) -> Head:
     checksum = metadata.pop(b"checksum", b"").decode()
     batch = batch.replace_schema_metadata(metadata)
     batch.validate(full=True)
-    if arrow.checksum(batch, {}) != checksum:
+    if arrow.checksum(batch, batch.schema.serialize().to_pybytes(), {}) != checksum:
         raise PayloadError("the teacher's head arrived damaged: its checksum does not agree")
     meta = json.loads(metadata[b"kdscale"])
     if meta["dtype"] not in _DTYPES:

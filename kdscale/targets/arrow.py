@@ -13,6 +13,7 @@ from kdscale.targets.layout import width
 
 Column = np.ndarray | tuple[np.ndarray, np.ndarray]
 """Fixed-width values, rows first; or (int32 offsets [rows + 1], bytes) of rows of unequal length."""
+_CANONICAL = json.JSONEncoder(sort_keys=True)
 
 
 def record_batch(columns: Sequence[Column], batch_schema: pa.Schema) -> pa.RecordBatch:
@@ -60,12 +61,15 @@ def check(batch: pa.RecordBatch, expected: pa.Schema) -> None:
             raise PayloadError(f"column {field.name} holds {column.null_count} nulls; none are allowed")
 
 
-def checksum(batch: pa.RecordBatch, metadata: dict[str, Any]) -> str:
-    """xxh3 of all values, the schema and ``metadata`` (without its own ``checksum``), as hex."""
-    digest = xxhash.xxh3_128()
-    digest.update(batch.schema.serialize())
+def checksum(batch: pa.RecordBatch, schema_bytes: bytes, metadata: dict[str, Any]) -> str:
+    """xxh3 of all values, the schema and ``metadata`` (without its own ``checksum``), as hex.
+
+    ``schema_bytes``: the serialized schema, which is the batch's own or one that ``check`` has found equal to it. Made once for
+    many batches.
+    """
+    digest = xxhash.xxh3_128(schema_bytes)
     stated = {key: value for key, value in metadata.items() if key != "checksum"}
-    digest.update(json.dumps(stated, sort_keys=True).encode())
+    digest.update(_CANONICAL.encode(stated).encode())
     for column in batch.columns:
         for region in _regions(column):
             digest.update(region)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kdscale.errors import PayloadError
-from kdscale.targets.layout import bitmap_bytes, high_bits, high_bytes, low_bits
+from kdscale.targets.layout import bitmap_bytes, high_bits, high_bytes, low_bits, low_bytes
 
 _LEVELS = 255
 _BLOCK_ROWS = 256  # their float32 copies stay in the cache
@@ -22,6 +22,7 @@ _ROOT = 0.25
 # entries best (1,024 positions of SmolLM2-135M: KL 4e-3 at K = 128 in 4 bits, where fourth roots of the whole range lose 1e-2).
 _FLAT_ROOT = 0.1
 _FEW_LEVELS = 15
+_CODES = torch.arange(_FEW_LEVELS + 1, dtype=torch.float32)
 _LOG_OF_CODE = torch.from_numpy(
     np.log(np.maximum(np.arange(_LEVELS + 1), 0.5, dtype=np.float64) / _LEVELS).astype(np.float32) / np.float32(_ROOT)
 )
@@ -79,42 +80,37 @@ def pack_nibbles(values: np.ndarray) -> np.ndarray:
     return packed
 
 
-def unpack_nibbles(packed: np.ndarray, count: int) -> np.ndarray:
-    """The uint8 values [rows, count] of ``pack_nibbles``."""
-    return np.concatenate([packed & 0xF, packed >> 4], axis=1)[:, :count]
-
-
 def pack_sorted(ids: np.ndarray, vocab_size: int) -> list[np.ndarray]:
     """Ascending int32 ids [rows, count] as their low bits and a bitmap: bit ``(id >> low bits) + n`` stands for entry n."""
+    from kdscale.targets import kernels  # only the compact forms pay for its import
+
     rows, count = ids.shape
     bits = low_bits(count, vocab_size)
     low = (ids & 0xFF).astype(np.uint8)
     if bits == 12:
         low = np.concatenate([low, pack_nibbles(((ids >> 8) & 0xF).astype(np.uint8))], axis=1)
-    bitmap = np.zeros((rows, 8 * bitmap_bytes(count, vocab_size)), np.uint8)
-    np.put_along_axis(bitmap, (ids >> bits) + np.arange(count), 1, axis=1)
-    return [low, np.packbits(bitmap, axis=1, bitorder="little")]
+    bitmap = np.zeros((rows, bitmap_bytes(count, vocab_size)), np.uint8)
+    kernels.set_places(ids, bits, bitmap)
+    return [low, bitmap]
 
 
-def unpack_sorted(planes: list[np.ndarray], count: int, vocab_size: int) -> np.ndarray:
-    """The int32 ids of ``pack_sorted``.
+def unpack_sorted(planes: list[np.ndarray], count: int, vocab_size: int, first: np.ndarray) -> np.ndarray:
+    """The int32 ids [rows, count] of ``pack_sorted``, but entry ``first[r]`` (int64 [rows]) of row r and the one in front have
+    changed places.
 
     Raises:
-        PayloadError: a row's bitmap does not name ``count`` ids.
+        PayloadError: a row's bitmap does not name ``count`` ids; ``first`` is none of them.
     """
+    from kdscale.targets import kernels
+
     low, packed = planes
-    bits, width = low_bits(count, vocab_size), 8 * packed.shape[1]
-    found = np.flatnonzero(np.unpackbits(packed, axis=1, bitorder="little").view(np.bool_))
-    starts = np.arange(len(packed)) * width
-    whole = len(found) == len(packed) * count
-    places = found.reshape(-1, count) if whole else found
-    if not whole or (places[:, 0] < starts).any() or (places[:, -1] >= starts + width).any():
-        raise PayloadError(f"a bitmap of ids does not name {count} of them")
-    places -= starts[:, None] + np.arange(count)
-    ids = places.astype(np.int32) << bits
-    ids |= low[:, :count]
-    if bits == 12:
-        ids |= unpack_nibbles(low[:, count:], count).astype(np.int32) << 8
+    bits = low_bits(count, vocab_size)
+    _require(
+        len(low) == len(packed) == len(first) and low.shape[1] == low_bytes(count, vocab_size), "rows of ids are cut"
+    )
+    _require_first(first, count)
+    ids = np.empty((len(packed), count), np.int32)
+    _require(kernels.sorted_ids(low, packed, bits, count, first, ids), f"a bitmap of ids does not name {count} of them")
     return ids
 
 
@@ -129,7 +125,7 @@ def pack_ragged(values: np.ndarray, count: np.ndarray, width: int) -> tuple[np.n
 def unpack_ragged(
     rows: tuple[np.ndarray, np.ndarray], width: int, dtype: str, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 count [rows], integers [rows, K] of ``dtype``, zeros behind the last) of ``pack_ragged``; K is the largest count.
+    """(int64 count [rows], integers of ``dtype``, one row's after the other's) of ``pack_ragged``.
 
     Raises:
         PayloadError: a row that is no whole number of values long, or longer than ``most``.
@@ -137,17 +133,22 @@ def unpack_ragged(
     offsets, flat = rows
     count, odd = np.divmod(np.diff(offsets), width)
     longest = int(count.max(initial=0))
-    if odd.any() or longest > most:
-        raise PayloadError(f"a row of entries is as long as no row of at most {most} is")
+    _require(not odd.any() and longest <= most, f"a row of entries is as long as no row of at most {most} is")
     if width == np.dtype(dtype).itemsize:
-        values = flat.view(dtype)
-    else:
-        wide = np.zeros((len(flat) // width, np.dtype(dtype).itemsize), np.uint8)
-        wide[:, :width] = flat.reshape(-1, width)
-        values = wide.view(dtype)[:, 0]
-    padded = np.zeros((len(count), longest), values.dtype)
-    padded[np.arange(longest) < count[:, None]] = values
-    return count, padded
+        return count, flat.view(dtype)
+    wide = np.zeros((len(flat) // width, np.dtype(dtype).itemsize), np.uint8)
+    wide[:, :width] = flat.reshape(-1, width)
+    return count, wide.view(dtype)[:, 0]
+
+
+def lay_out(values: np.ndarray, own: np.ndarray, used: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """[rows, K], K the largest of ``used``: in row r the next ``own[r]`` of ``values`` (int32 or float32), ``rest[r]`` in those
+    up to ``used[r]``, then zeros. Counts are int64 [rows]."""
+    from kdscale.targets import kernels
+
+    rows = np.empty((len(own), int(used.max(initial=0))), values.dtype)
+    kernels.rows_of_unequal_length(values, own, used, rest, rows)
+    return rows
 
 
 def encode_between(logp_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,10 +160,49 @@ def encode_between(logp_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return root_TK.sub_(low_T).div_(step_T).round_().clamp_(0, _FEW_LEVELS).to(torch.uint8), ends_T2
 
 
-def decode_between(codes_TK: torch.Tensor, ends_T2: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities, float32, of ``encode_between``'s result."""
+def decode_between(ends_T2: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities, float32 [T, 16], that each of the codes stands for between a row's ends: see ``encode_between``."""
     low_T, step_T = _between(ends_T2)
-    return codes_TK.float().mul_(step_T).add_(low_T).log_().div_(_FLAT_ROOT)
+    return _CODES.mul(step_T).add_(low_T).log_().div_(_FLAT_ROOT)
+
+
+def sum_levels(packed: np.ndarray, table_T16: torch.Tensor, count: int) -> torch.Tensor:
+    """Sum of what the ``count`` values of ``pack_nibbles`` in each row stand for in its row of the table: float32 [T]."""
+    from kdscale.targets import kernels
+
+    sums_T = torch.empty(len(packed), dtype=torch.float32)
+    kernels.sums_of_levels(_nibbles(packed, table_T16, count), table_T16.numpy(), count, sums_T.numpy())
+    return sums_T
+
+
+def unpack_levels(packed: np.ndarray, table_T16: torch.Tensor, count: int, first: np.ndarray) -> torch.Tensor:
+    """What the values stand for, float32 [T, count]; entry ``first[r]`` of row r and the one in front have changed places.
+
+    Raises:
+        PayloadError: ``first`` is none of the entries.
+    """
+    from kdscale.targets import kernels
+
+    _require_first(first, count)
+    found_TK = torch.empty(len(packed), count, dtype=torch.float32)
+    kernels.levels(_nibbles(packed, table_T16, count), table_T16.numpy(), first, found_TK.numpy())
+    return found_TK
+
+
+def _nibbles(packed: np.ndarray, table_T16: torch.Tensor, count: int) -> np.ndarray:
+    fits = packed.shape == (len(table_T16), -(-count // 2)) and table_T16.shape[1] == _FEW_LEVELS + 1
+    _require(fits, "rows of values are cut")
+    return packed
+
+
+def _require_first(first: np.ndarray, count: int) -> None:
+    inside = not len(first) or (first.min() >= 0 and first.max() < count)
+    _require(bool(inside), f"the likeliest of {count} entries is none of them")
+
+
+def _require(fine: bool, otherwise: str) -> None:
+    if not fine:
+        raise PayloadError(otherwise)
 
 
 def _between(ends_T2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,8 +15,10 @@ from kdscale.targets.codec import (
     decode_between,
     decode_logp,
     dequantize_rows,
+    lay_out,
+    sum_levels,
     unpack_ids,
-    unpack_nibbles,
+    unpack_levels,
     unpack_ragged,
     unpack_sorted,
 )
@@ -57,18 +59,6 @@ def decode(batch: pa.RecordBatch, spec: TargetSpec, vocab_size: int) -> SoftTarg
 def _decode_topk(batch: pa.RecordBatch, labels_T: torch.Tensor, spec: TargetSpec, vocab_size: int) -> TopkTargets:
     k = min(spec.k, vocab_size)
     ids, logp, tail = (_sorted if spec.encoding == "uint4" else _ordered)(batch, k, spec, vocab_size)
-    # Below float16's range there is no tail worth the name; exactly -inf stands for none at all.
-    kept = logp.exp().sum(-1)
-    rest = tail.exp()
-    if spec.encoding == "uint4":
-        # Both are rounded alike: neither can be had from the other.
-        _refuse_mass(kept + rest, _COARSE_MASS_EPS)
-        excess = (kept + rest).log_()
-        tail, logp = (tail - excess).clamp_(max=0.0), logp.sub_(excess[:, None])
-    else:
-        _refuse_mass(kept + rest)
-        # Rounding has moved the kept mass a little: what the tail leaves is theirs.
-        logp.add_(((1 - rest).clamp_min(torch.finfo(rest.dtype).tiny) / kept).log_()[:, None])
     shift = torch.zeros_like(tail)
     if spec.temperature != 1.0:
         shift = torch.from_numpy(plane(batch, "shift", "<f4").copy())
@@ -76,7 +66,7 @@ def _decode_topk(batch: pa.RecordBatch, labels_T: torch.Tensor, spec: TargetSpec
     return TopkTargets(
         labels_T=labels_T,
         ids_TK=ids,
-        logp_TK=logp.clamp_(max=0.0),
+        logp_TK=logp,
         tail_logp_T=tail,
         entropy_T=_entropy(batch),
         shift_T=shift,
@@ -87,7 +77,7 @@ def _decode_topk(batch: pa.RecordBatch, labels_T: torch.Tensor, spec: TargetSpec
 def _ordered(
     batch: pa.RecordBatch, k: int, spec: TargetSpec, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids, log-probabilities, log tail mass), likeliest first."""
+    """(ids, log-probabilities, log tail mass), likeliest first; together of mass 1."""
     planes = [plane(batch, "ids_low", "<u2", k)]
     if high_bytes(k, vocab_size):
         wide = high_bits(vocab_size) == 16
@@ -96,54 +86,63 @@ def _ordered(
     _refuse_ids(ids, vocab_size)
     tail = torch.from_numpy(plane(batch, "tail_logp", "<f2").astype(np.float32))
     _refuse(not (tail <= 0).all(), "a tail log-mass is above 0 or not a number")
-    return torch.from_numpy(ids), _values(plane(batch, "value", *_value_type(spec), k), spec), tail
+    logp = _values(plane(batch, "value", *_value_type(spec), k), spec)
+    # Below float16's range there is no tail worth the name; exactly -inf stands for none at all.
+    kept, rest = logp.exp().sum(-1), tail.exp()
+    _refuse_mass(kept + rest)
+    # Rounding has moved the kept mass a little: what the tail leaves is theirs.
+    logp.add_(((1 - rest).clamp_min(torch.finfo(rest.dtype).tiny) / kept).log_()[:, None])
+    return torch.from_numpy(ids), logp.clamp_(max=0.0), tail
 
 
 def _sorted(
     batch: pa.RecordBatch, k: int, spec: TargetSpec, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids, log-probabilities, log tail mass) of ``uint4``, the likeliest entry brought to the front."""
+    """(ids, log-probabilities, log tail mass) of ``uint4``, the likeliest entry brought to the front; together of mass 1."""
     widths = {name: batch.schema.field(name).type.byte_width for name in ("ids_low", "ids_bitmap", "value")}
     low, bitmap, value = (plane(batch, name, "u1", width) for name, width in widths.items())
-    ids = unpack_sorted([low, bitmap], k, vocab_size)
-    _refuse_ids(ids, vocab_size)
     first = plane(batch, "first", count_dtype(k)).astype(np.int64)
-    _refuse(bool((first >= k).any()), f"the likeliest of {k} entries is none of them")
-    codes = unpack_nibbles(value, k)
-    rows = np.arange(len(first))
-    for entries in (ids, codes):
-        front = entries[rows, first]
-        entries[rows, first] = entries[:, 0]
-        entries[:, 0] = front
-    ends, tail = (torch.from_numpy(plane(batch, *one).copy()) for one in (("ends", "u1", 2), ("tail", "u1")))
-    tail_logp = decode_logp(tail) if k < vocab_size else torch.full(tail.shape, -torch.inf)
-    return torch.from_numpy(ids), decode_between(torch.from_numpy(codes), ends), tail_logp
+    ids = unpack_sorted([low, bitmap], k, vocab_size, first)
+    _refuse_ids(ids, vocab_size)
+    ends, tail_code = (torch.from_numpy(plane(batch, *one).copy()) for one in (("ends", "u1", 2), ("tail", "u1")))
+    tail = decode_logp(tail_code) if k < vocab_size else torch.full(tail_code.shape, -torch.inf)
+    table_T16 = decode_between(ends)
+    # Kept entries and tail are rounded alike: neither can be had from the other.
+    mass = sum_levels(value, table_T16.exp(), k) + tail.exp()
+    _refuse_mass(mass, _COARSE_MASS_EPS)
+    excess = mass.log_()
+    logp = unpack_levels(value, table_T16.sub_(excess[:, None]).clamp_(max=0.0), k, first)
+    return torch.from_numpy(ids), logp, (tail - excess).clamp_(max=0.0)
 
 
 def _decode_sampled(batch: pa.RecordBatch, labels_T: torch.Tensor, spec: TargetSpec, vocab_size: int) -> SampledTargets:
     k = min(spec.k, vocab_size)
-    count, ids = unpack_ragged(rows_of_bytes(batch, "ids"), id_bytes(vocab_size), _ID_TYPES[id_bytes(vocab_size)], k)
-    _refuse_ids(ids, vocab_size)
+    count, raw_ids = unpack_ragged(
+        rows_of_bytes(batch, "ids"), id_bytes(vocab_size), _ID_TYPES[id_bytes(vocab_size)], k
+    )
+    _refuse_ids(raw_ids, vocab_size)
     width = value_bytes(spec)
     kept, raw = unpack_ragged(rows_of_bytes(batch, "weights"), width, f"<u{width}", k)
     _refuse(bool((kept > count).any()), "a position has more weights than entries")
-    raw = np.pad(raw, ((0, 0), (0, ids.shape[1] - raw.shape[1])))
-    count_T, kept_T, index_K = torch.from_numpy(count), torch.from_numpy(kept), torch.arange(ids.shape[1])
-    own = index_K < kept_T[:, None]
+    none = np.zeros(len(count), np.int32)
+    ids_TK = torch.from_numpy(lay_out(raw_ids.astype(np.int32), count, count, none))
+    # Counts of draws, or probabilities.
+    own = raw.astype(np.float32) / k if spec.sampler == "replacement" else _values(raw, spec).exp_().numpy()
+    until = np.concatenate([[0.0], own.cumsum(dtype=np.float64)])[np.concatenate([[0], kept.cumsum()])]
+    mass = np.diff(until)
     if spec.sampler == "replacement":
-        weight = torch.from_numpy(raw.astype(np.float32)) / k
-        _refuse_mass(weight.sum(-1))
+        _refuse_mass(torch.from_numpy(mass))
+        weight = torch.from_numpy(lay_out(own, kept, count, none.astype(np.float32)))
     else:
-        weight = torch.where(own, _values(raw, spec).exp_(), 0.0)
-        mass = weight.sum(-1)
-        _refuse(bool((mass > 1 + _MASS_EPS).any()), "the kept mass of a position is above 1")
         # The others share evenly what the kept entries leave; where they leave nothing, rounding is spread over the kept.
-        drawn = count_T - kept_T
-        left = torch.where(drawn > 0, (1 - mass).clamp_min(0.0) / drawn.clamp_min(1), 0.0)
-        weight = weight / torch.where((drawn == 0) | (mass > 1), mass, 1.0)[:, None]
-        weight = torch.where(own, weight, torch.where(index_K < count_T[:, None], left[:, None], 0.0))
-    counts = (count_T.int(), kept_T.int())
-    ids_TK = torch.from_numpy(ids.astype(np.int32))
+        drawn = count - kept
+        _refuse(bool((mass > 1 + _MASS_EPS).any()), "the kept mass of a position is above 1")
+        whole = np.where((drawn == 0) | (mass > 1), mass, 1.0)
+        _refuse(not (whole > 0).all(), "the mass of a position does not add up to 1")
+        left = np.maximum(1 - mass, 0.0) / np.maximum(drawn, 1)
+        weight = torch.from_numpy(lay_out(own, kept, count, left.astype(np.float32)))
+        weight.div_(torch.from_numpy(whole.astype(np.float32))[:, None])
+    counts = (torch.from_numpy(count).int(), torch.from_numpy(kept).int())
     return SampledTargets(labels_T, ids_TK, weight, *counts, _entropy(batch), spec.temperature)
 
 

@@ -55,11 +55,15 @@ def _ordered(targets: TopkTargets, spec: TargetSpec, vocab_size: int) -> list[np
 def _sorted(targets: TopkTargets, vocab_size: int) -> list[np.ndarray]:
     """Ids ascending, and where the likeliest stands among them."""
     ids = targets.ids_TK.numpy()
-    order = ids.argsort(axis=1)
     codes, ends = encode_between(targets.logp_TK)
-    planes = pack_sorted(np.take_along_axis(ids, order, 1), vocab_size)
-    planes += [pack_nibbles(np.take_along_axis(codes.numpy(), order, 1)), ends.numpy()]
-    planes.append(order.argmin(axis=1).astype(count_dtype(ids.shape[1])))
+    # An id and its code as one number: numbers are sorted several times faster than places, and nothing is gathered.
+    both = ids.astype(np.int64)
+    both <<= 4
+    both |= codes.numpy()
+    both.sort(axis=1)
+    ascending = (both >> 4).astype(np.int32)
+    planes = [*pack_sorted(ascending, vocab_size), pack_nibbles((both & 0xF).astype(np.uint8)), ends.numpy()]
+    planes.append((ascending == ids[:, :1]).argmax(axis=1).astype(count_dtype(ids.shape[1])))
     return [*planes, encode_logp(targets.tail_logp_T.clone()).numpy()]
 
 

@@ -32,8 +32,8 @@ def schema(spec: TargetSpec, vocab_size: int, hidden_size: int) -> pa.Schema:
     match spec.payload:
         case "topk":
             if spec.encoding == "uint4":
-                low = k + (-(-k // 2) if low_bits(k, vocab_size) == 12 else 0)
-                fields += [("ids_low", pa.binary(low)), ("ids_bitmap", pa.binary(bitmap_bytes(k, vocab_size)))]
+                fields += [("ids_low", pa.binary(low_bytes(k, vocab_size)))]
+                fields += [("ids_bitmap", pa.binary(bitmap_bytes(k, vocab_size)))]
                 fields += [("value", pa.binary(-(-k // 2))), ("ends", pa.binary(2))]
                 fields += [("first", _count_type(k)), ("tail", pa.uint8())]
             else:
@@ -53,6 +53,13 @@ def schema(spec: TargetSpec, vocab_size: int, hidden_size: int) -> pa.Schema:
         case "dense":
             fields.append(("logp", pa.binary(4 * vocab_size)))
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields], metadata=meta)
+
+
+@lru_cache(maxsize=64)
+def schema_bytes(spec: TargetSpec, vocab_size: int, hidden_size: int) -> bytes:
+    """``schema`` as it is serialized: part of every checksum."""
+    serialized: bytes = schema(spec, vocab_size, hidden_size).serialize().to_pybytes()
+    return serialized
 
 
 def row_bytes(spec: TargetSpec, vocab_size: int, hidden_size: int) -> int:
@@ -99,6 +106,11 @@ def high_bytes(count: int, vocab_size: int) -> int:
 def low_bits(count: int, vocab_size: int) -> int:
     """Low bits of sorted ids, 8 or 12: whichever makes low bits and bitmap smaller."""
     return min((8, 12), key=lambda bits: count * bits + 8 * _bitmap_bytes(count, vocab_size, bits))
+
+
+def low_bytes(count: int, vocab_size: int) -> int:
+    """Bytes of the low bits of ``count`` sorted ids."""
+    return count + (-(-count // 2) if low_bits(count, vocab_size) == 12 else 0)
 
 
 def bitmap_bytes(count: int, vocab_size: int) -> int:

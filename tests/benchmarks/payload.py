@@ -10,7 +10,8 @@ Controls: DistillKit's two published settings, written from their description (i
 ``exact_k`` log-probabilities in bfloat16; a least-squares curve through the others, its coefficients in float32):
 ``ceil(K ceil(log2 V) / 8) + 2 exact_k + 4 terms`` bytes. Draws with replacement (arXiv 2503.16870): three bytes a distinct
 id. Raw top-k: int32 ids and float32 log-probabilities. kdscale's bytes hold label, entropy and tail as well. Speed of
-encoding and decoding (with value checks, without checksum): in turns with a copy of the decoded arrays, equal threads.
+encoding and decoding (with value checks, without checksum): in turns with a copy of the decoded arrays, equal
+threads, memory managed as by a rank on processors.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from kdscale.targets.decode import decode
 from kdscale.targets.encode import encode
 from kdscale.targets.layout import row_bytes, schema
 from kdscale.targets.payloads import make_targets
-from tests.benchmarks.turns import alternate, machine, spread
+from tests.benchmarks.turns import alternate, machine, manage_memory_as_a_rank, spread
 
 ROUNDS = 15
 MESSAGE = 4096
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    manage_memory_as_a_rank()
     positions, _ = load_positions(load_config(arguments.config), arguments.tokens)
     torch.set_num_threads(arguments.threads)
     logp_TV = torch.log_softmax(positions.teacher_head.logits(positions.teacher_TD), -1)

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.stream --json stream.json
 
 A request's answer is 0.25 to 16 MiB of top-64 targets (float16, V = 49,152) in messages of 2 MiB. Sides, in turns
-over the same two processes, one thread each:
+over the same two processes, one thread each, which manage memory as ranks on processors do:
 
 - ``bare`` (the control): Flight sends record batches that are ready, the client reads them;
 - ``kdscale``: a TargetServer encodes, checksums and sends; the client checks schema, Arrow validity, sizes, both checksums and
@@ -14,7 +14,6 @@ Rows with TLS: both sides over mutual TLS of a certificate authority made for th
 
 import argparse
 import json
-import os
 import queue
 import statistics
 import subprocess
@@ -40,7 +39,7 @@ from kdscale.stream.server import Answer, TargetServer
 from kdscale.targets.decode import decode
 from kdscale.targets.encode import encode
 from kdscale.targets.layout import row_bytes, schema
-from tests.benchmarks.turns import ROOT, alternate, machine, spread
+from tests.benchmarks.turns import ROOT, alternate, machine, manage_memory_as_a_rank, spread
 
 VOCAB, WIDTH = 49_152, 576
 SPEC = TargetSpec("topk", 64)
@@ -182,13 +181,10 @@ def main() -> None:
     if arguments.serve:
         serve_until_told()
         return
+    manage_memory_as_a_rank()
     torch.set_num_threads(1)
     command = [sys.executable, "-m", "tests.benchmarks.stream", "--serve"]
-    # What a rank on processors sets: large blocks are kept, not faulted in again for every message.
-    environment = os.environ | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_ARENA_MAX": "1"}
-    server = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         told = json.loads(server.stdout.readline())

@@ -18,17 +18,19 @@ from kdscale.targets import arrow
 from kdscale.targets.codec import (
     decode_logp,
     encode_logp,
+    lay_out,
     pack_ids,
     pack_nibbles,
     pack_sorted,
     quantize_rows,
+    sum_levels,
     unpack_ids,
-    unpack_nibbles,
+    unpack_levels,
     unpack_sorted,
 )
 from kdscale.targets.decode import decode
 from kdscale.targets.encode import encode
-from kdscale.targets.layout import row_bytes, schema
+from kdscale.targets.layout import row_bytes, schema, schema_bytes
 from kdscale.targets.payloads import make_targets
 
 SPEC = TargetSpec("topk", k=5, temperature=2.0)
@@ -54,10 +56,20 @@ def back_and_forth(targets: SoftTargets, spec: TargetSpec, vocab: int) -> SoftTa
     batch = encode(targets, spec, wanted, vocab)
     received = through_the_wire(batch)
     arrow.check(received, wanted)
-    assert arrow.checksum(received, {"a": 1}) == arrow.checksum(batch, {"a": 1, "checksum": "x"})
+    raw = batch.schema.serialize().to_pybytes()
+    assert raw == schema_bytes(spec, vocab, 8)
+    assert arrow.checksum(received, raw, {"a": 1}) == arrow.checksum(batch, raw, {"a": 1, "checksum": "x"})
     back = decode(received, spec, vocab)
     assert torch.equal(back.labels_T, targets.labels_T)
     return back
+
+
+def exchanged(rows: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """In each row the entry ``first`` and the one in front changed."""
+    rows = rows.copy()
+    for row, place in zip(rows, first, strict=True):
+        row[[0, place]] = row[[place, 0]]
+    return rows
 
 
 sizes = st.tuples(
@@ -115,14 +127,18 @@ def test_sorted_ids_round_trip(rows: int, vocab: int, count: int, seed: int):
     ids = np.sort([generator.choice(vocab, count, replace=False) for _ in range(rows)]).astype(np.int32)
     ids = ids.reshape(rows, count)
     planes = pack_sorted(ids, vocab)
-    assert np.array_equal(unpack_sorted(planes, count, vocab), ids)
+    assert np.array_equal(unpack_sorted(planes, count, vocab, np.zeros(rows, np.int64)), ids)
+    first = generator.integers(0, count, rows)
+    assert np.array_equal(unpack_sorted(planes, count, vocab, first), exchanged(ids, first))
     if rows:
+        with pytest.raises(PayloadError, match=f"of {count} entries is none"):
+            unpack_sorted(planes, count, vocab, first + count)
         bits = 8 * sum(plane.shape[1] for plane in planes)
         assert bits <= count * (2 + max(8, np.log2(vocab / count))) + vocab / 256 + 16
         # One bit of the bitmap flipped: another count of ids, in this row and in all.
         planes[1][rows // 2, 0] ^= 1
         with pytest.raises(PayloadError, match=f"does not name {count}"):
-            unpack_sorted(planes, count, vocab)
+            unpack_sorted(planes, count, vocab, first)
 
 
 @given(st.integers(0, 5), st.integers(1, 33), st.integers(0, 99))
@@ -130,7 +146,28 @@ def test_nibbles_round_trip(rows: int, count: int, seed: int):
     values = np.random.default_rng(seed).integers(0, 16, (rows, count), dtype=np.uint8)
     packed = pack_nibbles(values)
     assert packed.shape == (rows, (count + 1) // 2)
-    assert np.array_equal(unpack_nibbles(packed, count), values)
+    table = torch.rand(rows, 16, generator=torch.Generator().manual_seed(seed))
+    expected = np.take_along_axis(table.numpy(), values.astype(np.int64), 1)
+    first = np.random.default_rng(seed).integers(0, count, rows)
+    assert np.array_equal(unpack_levels(packed, table, count, first).numpy(), exchanged(expected, first))
+    np.testing.assert_allclose(sum_levels(packed, table, count).numpy(), expected.sum(1), rtol=1e-5)
+    for wrong in (table[:, :15], table[:-1]):
+        if rows:
+            with pytest.raises(PayloadError, match="cut"):
+                sum_levels(packed, wrong.contiguous(), count)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=9))
+def test_rows_of_unequal_length(lengths: list[tuple[int, int]]):
+    own = np.array([min(pair) for pair in lengths], np.int64)
+    used = np.array([max(pair) for pair in lengths], np.int64)
+    values, rest = np.arange(1, own.sum() + 1, dtype=np.float32), -np.arange(1, len(own) + 1, dtype=np.float32)
+    rows = lay_out(values, own, used, rest)
+    assert rows.shape == (len(own), max(used, default=0))
+    taken = iter(values)
+    for row, mine, all_, other in zip(rows, own, used, rest, strict=True):
+        expected = [next(taken) for _ in range(mine)] + [other] * (all_ - mine)
+        assert row.tolist() == expected + [0] * (len(row) - all_)
 
 
 @given(sizes, st.sampled_from(["threshold", "replacement"]), st.sampled_from(["float16", "uint8"]))
@@ -224,7 +261,8 @@ def test_one_flipped_byte_anywhere_is_seen():
     targets = make()
     wanted = schema(SPEC, 50, 8)
     batch = encode(targets, SPEC, wanted, 50)
-    good = arrow.checksum(batch, {})
+    raw_schema = schema_bytes(SPEC, 50, 8)
+    good = arrow.checksum(batch, raw_schema, {})
     for index, field in enumerate(wanted):
         raw = bytearray(batch.column(index).buffers()[1].to_pybytes())
         for place in (0, len(raw) // 2, len(raw) - 1):
@@ -232,8 +270,10 @@ def test_one_flipped_byte_anywhere_is_seen():
             damaged[place] ^= 1
             columns = [batch.column(other) for other in range(len(wanted))]
             columns[index] = pa.Array.from_buffers(field.type, len(batch), [None, pa.py_buffer(bytes(damaged))])
-            assert arrow.checksum(pa.RecordBatch.from_arrays(columns, schema=wanted), {}) != good
-    assert arrow.checksum(batch, {"start": 1}) != good
+            damaged_batch = pa.RecordBatch.from_arrays(columns, schema=wanted)
+            assert arrow.checksum(damaged_batch, raw_schema, {}) != good
+    assert arrow.checksum(batch, raw_schema, {"start": 1}) != good
+    assert arrow.checksum(batch, raw_schema + b"x", {}) != good
 
 
 @pytest.mark.parametrize(
@@ -256,6 +296,51 @@ def test_impossible_values_are_refused(field: str, value: float, message: str):
     wanted = schema(SPEC, 50, 8)
     with pytest.raises(PayloadError, match=message):
         decode(encode(replace(targets, **{field: column}), SPEC, wanted, 50), SPEC, 50)
+
+
+HOSTILE = [
+    TargetSpec("topk", k=5, encoding="float16"),
+    TargetSpec("topk", k=7, encoding="uint8"),
+    *(TargetSpec("topk", k=k, encoding="uint4") for k in (1, 5, 60)),
+    TargetSpec("sampled", k=6, encoding="uint8"),
+    TargetSpec("sampled", k=6, encoding="float16"),
+    TargetSpec("sampled", k=6, sampler="replacement"),
+]
+
+
+@given(st.sampled_from(HOSTILE), st.sampled_from([50, 5_000, 70_000]), st.integers(1, 9), st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_are_refused_or_a_distribution(spec: TargetSpec, vocab: int, tokens: int, data: st.DataObject):
+    """Arrow-valid bytes of a sender that means ill, or of one that counts wrong: what gets through is what it says it is."""
+    batch = encode(make(tokens, vocab, spec), spec, schema(spec, vocab, 8), vocab)
+    hostile = data.draw(st.sets(st.integers(0, len(batch.columns) - 1), min_size=1))
+    random = np.random.default_rng(data.draw(st.integers(0, 1 << 20)))
+    columns = list(batch.columns)
+    for index in hostile:
+        kind, (_, *buffers) = columns[index].type, columns[index].buffers()
+        size = random.integers(0, 3 * len(buffers[-1]) + 1) if len(buffers) == 2 else len(buffers[-1])
+        raw = [pa.py_buffer((random.integers(0, 256, size) & random.choice([255, 15, 129, 0])).astype(np.uint8))]
+        if len(buffers) == 2:
+            cuts = np.sort(random.integers(0, size + 1, tokens - 1))
+            raw = [pa.py_buffer(np.concatenate([[0], cuts, [size]]).astype(np.int32)), *raw]
+        columns[index] = pa.Array.from_buffers(kind, tokens, [None, *raw])
+    batch = pa.RecordBatch.from_arrays(columns, schema=batch.schema)
+    arrow.check(batch, schema(spec, vocab, 8))
+    try:
+        found = decode(batch, spec, vocab)
+    except PayloadError:
+        return
+    assert isinstance(found, TopkTargets | SampledTargets)
+    assert ((found.ids_TK >= 0) & (found.ids_TK < vocab)).all()
+    assert torch.isfinite(found.entropy_T).all()
+    if isinstance(found, TopkTargets):
+        assert torch.isfinite(found.logp_TK).all()
+        mass = found.logp_TK.exp().sum(-1) + found.tail_logp_T.exp()
+    else:
+        mass = found.weight_TK.sum(-1)
+        assert (found.weight_TK >= 0).all()
+        assert (found.kept_T <= found.count_T).all()
+    assert ((mass - 1).abs() < 0.03).all()
 
 
 def test_another_schema_is_refused():

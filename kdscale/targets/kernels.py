@@ -1,0 +1,127 @@
+"""Loops over packed entries, compiled when this file is imported: by the compact payloads alone, as numba takes its time.
+
+They hold no formula, only where things lie. Nothing that arrives is trusted: every index is bounded by the shapes of the
+arrays. r = row, n = entry of a row.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.cpython.unsafe.numbers import trailing_zeros
+
+from kdscale import log
+
+_LOG = log.get(__name__)
+Function = Callable[..., Any]
+_lowest_bit: Any = trailing_zeros
+
+
+def _given(dtype: types.Type, dimensions: int) -> types.Array:
+    return types.Array(dtype, dimensions, "C", readonly=True)
+
+
+def _compiled(*signatures: Any) -> Callable[[Function], Function]:
+    """Machine code of a function for ``signatures``, kept beside the source or in the user's cache directory."""
+
+    def compiled(function: Function) -> Function:
+        try:
+            return njit(list(signatures), nogil=True, cache=True)(function)
+        except (RuntimeError, OSError) as error:
+            # Neither place can be written: this process compiles for itself.
+            _LOG.debug("%s", error)
+            return njit(list(signatures), nogil=True)(function)
+
+    return compiled
+
+
+_U1, _I4, _I8, _F4 = types.uint8, types.int32, types.int64, types.float32
+
+
+@_compiled(types.void(_given(_I4, 2), _I8, _U1[:, ::1]))
+def set_places(ids: np.ndarray, bits: int, bitmap: np.ndarray) -> None:
+    """Set bit ``(ids[r, n] >> bits) + n`` of row r of a ``bitmap`` of zeros, for every entry that it has room for."""
+    for r in range(len(ids)):
+        for n in range(ids.shape[1]):
+            place = (ids[r, n] >> bits) + n
+            if 0 <= place < 8 * bitmap.shape[1]:
+                bitmap[r, place >> 3] |= 1 << (place & 7)
+
+
+@_compiled(types.boolean(_given(_U1, 2), _given(_U1, 2), _I8, _I8, _given(_I8, 1), _I4[:, ::1]))
+def sorted_ids(low: np.ndarray, bitmap: np.ndarray, bits: int, count: int, first: np.ndarray, ids: np.ndarray) -> bool:
+    """Fill int32 ``ids`` [rows, count] from ``codec.pack_sorted``'s planes, entry ``first[r]`` changed with the one in front.
+
+    False, with ``ids`` half filled, for a bitmap that does not name ``count`` entries.
+    """
+    half, width = (count + 1) // 2, bitmap.shape[1]
+    # Room for all bits, so that what is found needs no bound; numbers without a sign, as they cannot count from the end.
+    places = np.empty(8 * width, np.int32)
+    for r in range(len(bitmap)):
+        found = np.uint64(0)
+        for start in range(0, width, 8):
+            word = np.uint64(0)
+            for index in range(min(8, width - start)):
+                word |= np.uint64(bitmap[r, start + index]) << np.uint64(8 * index)
+            while word:
+                places[found] = 8 * start + np.int64(_lowest_bit(word))
+                found += np.uint64(1)
+                word &= word - np.uint64(1)
+        if found != np.uint64(count):
+            return False
+        for n in range(count):
+            ids[r, n] = (places[n] - n) << bits | low[r, n]
+        if bits == 12:
+            for n in range(half):
+                ids[r, n] |= (low[r, count + n] & 15) << 8
+            for n in range(half, count):
+                ids[r, n] |= (low[r, count + n - half] >> 4) << 8
+        ids[r, 0], ids[r, first[r]] = ids[r, first[r]], ids[r, 0]
+    return True
+
+
+@_compiled(types.void(_given(_U1, 2), _given(_F4, 2), _given(_I8, 1), _F4[:, ::1]))
+def levels(packed: np.ndarray, table: np.ndarray, first: np.ndarray, found: np.ndarray) -> None:
+    """Fill float32 ``found`` [rows, count] with what each row's ``table`` [rows, 16] says of the values of
+    ``codec.pack_nibbles``, entry ``first[r]`` changed with the one in front."""
+    count = found.shape[1]
+    half = (count + 1) // 2
+    for r in range(len(packed)):
+        for n in range(half):
+            found[r, n] = table[r, packed[r, n] & 15]
+        for n in range(half, count):
+            found[r, n] = table[r, packed[r, n - half] >> 4]
+        found[r, 0], found[r, first[r]] = found[r, first[r]], found[r, 0]
+
+
+@_compiled(types.void(_given(_U1, 2), _given(_F4, 2), _I8, _F4[::1]))
+def sums_of_levels(packed: np.ndarray, table: np.ndarray, count: int, sums: np.ndarray) -> None:
+    """Fill float32 ``sums`` [rows] with the sums of what ``levels`` finds."""
+    half = (count + 1) // 2
+    for r in range(len(packed)):
+        below = above = np.float32(0)
+        for n in range(count - half):
+            below += table[r, packed[r, n] & 15]
+            above += table[r, packed[r, n] >> 4]
+        if count - half < half:
+            below += table[r, packed[r, half - 1] & 15]
+        sums[r] = below + above
+
+
+@_compiled(
+    types.void(_given(_I4, 1), _given(_I8, 1), _given(_I8, 1), _given(_I4, 1), _I4[:, ::1]),
+    types.void(_given(_F4, 1), _given(_I8, 1), _given(_I8, 1), _given(_F4, 1), _F4[:, ::1]),
+)
+def rows_of_unequal_length(
+    values: np.ndarray, own: np.ndarray, used: np.ndarray, rest: np.ndarray, rows: np.ndarray
+) -> None:
+    """Fill ``rows``: the next ``own[r]`` of ``values``, then ``rest[r]`` up to entry ``used[r]``, then zeros."""
+    width, start = rows.shape[1], 0
+    for r in range(len(rows)):
+        taken = max(0, min(own[r], width, len(values) - start))
+        for n in range(taken):
+            rows[r, n] = values[start + n]
+        for n in range(taken, width):
+            rows[r, n] = rest[r] if n < used[r] else 0
+        start += taken

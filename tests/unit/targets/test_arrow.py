@@ -204,6 +204,22 @@ def test_sampled_round_trip(size: tuple[int, int, int, int], sampler, encoding):
     )
 
 
+def test_below_the_range_of_float16_is_least_of_it():
+    spec = TargetSpec("topk", k=5)
+    targets = make(spec=spec)
+    assert isinstance(targets, TopkTargets)
+    logp = targets.logp_TK.clone()
+    logp[2, 4], logp[3, 4] = -1e6, -torch.inf
+    tail = torch.log1p(-logp.exp().sum(-1))
+    back = back_and_forth(replace(targets, logp_TK=logp, tail_logp_T=tail), spec, 50)
+    assert isinstance(back, TopkTargets)
+    assert torch.isfinite(back.logp_TK).all()
+    assert (back.logp_TK[2:4, 4] < -65_000).all()
+    nothing = replace(targets, logp_TK=logp.fill_(-torch.nan))
+    with pytest.raises(PayloadError, match="not finite"):
+        back_and_forth(nothing, spec, 50)
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS["hidden"])
 def test_hidden_round_trip(encoding):
     spec = TargetSpec("hidden", encoding=encoding)

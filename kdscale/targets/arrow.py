@@ -31,9 +31,9 @@ def plane(batch: pa.RecordBatch, name: str, dtype: str, width: int | None = None
     """Fixed-width column ``name`` as an array [rows] or [rows, width] over the batch's own memory: read-only."""
     column = batch.column(name)
     (raw,) = _regions(column)
-    if raw.nbytes and np.frombuffer(raw, np.uint8).ctypes.data % np.dtype(dtype).itemsize:
-        raw = memoryview(bytes(raw))  # buffers may arrive misaligned
     flat = np.frombuffer(raw, dtype=dtype)
+    if not flat.flags.aligned:  # buffers may arrive so
+        flat = np.frombuffer(bytes(raw), dtype=dtype)
     return flat if width is None else flat.reshape(len(column), width)
 
 

@@ -115,11 +115,14 @@ def unpack_sorted(planes: list[np.ndarray], count: int, vocab_size: int, first: 
 
 
 def pack_ragged(values: np.ndarray, count: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first ``count[r]`` of each row of integers [rows, K], little-endian in ``width`` bytes each: (int32 offsets [rows + 1],
-    bytes)."""
-    used = np.ascontiguousarray(values[np.arange(values.shape[1]) < count[:, None]])
-    flat = used.view(np.uint8).reshape(len(used), used.itemsize)[:, :width]
-    return np.concatenate([[0], np.cumsum(width * count, dtype=np.int64)]).astype(np.int32), flat.reshape(-1)
+    """The first ``count[r]`` of each row of numbers [rows, K], as they are or as integers of ``width`` bytes: (int32 offsets
+    [rows + 1], bytes), little-endian."""
+    used = values[np.arange(values.shape[1]) < count[:, None]]
+    if width == 3:
+        flat = used.astype("<u4").view(np.uint8).reshape(len(used), 4)[:, :3].reshape(-1)
+    else:
+        flat = (used if used.itemsize == width else used.astype(f"<u{width}")).view(np.uint8)
+    return np.concatenate([[0], np.cumsum(width * count, dtype=np.int64)]).astype(np.int32), flat
 
 
 def unpack_ragged(
@@ -131,9 +134,10 @@ def unpack_ragged(
         PayloadError: a row that is no whole number of values long, or longer than ``most``.
     """
     offsets, flat = rows
-    count, odd = np.divmod(np.diff(offsets), width)
-    longest = int(count.max(initial=0))
-    _require(not odd.any() and longest <= most, f"a row of entries is as long as no row of at most {most} is")
+    lengths = np.diff(offsets)
+    count = lengths // width
+    whole = count.max(initial=0) <= most and bool((count * width == lengths).all())
+    _require(whole, f"a row of entries is as long as no row of at most {most} is")
     if width == np.dtype(dtype).itemsize:
         return count, flat.view(dtype)
     wide = np.zeros((len(flat) // width, np.dtype(dtype).itemsize), np.uint8)
@@ -141,14 +145,21 @@ def unpack_ragged(
     return count, wide.view(dtype)[:, 0]
 
 
-def lay_out(values: np.ndarray, own: np.ndarray, used: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    """[rows, K], K the largest of ``used``: in row r the next ``own[r]`` of ``values`` (int32 or float32), ``rest[r]`` in those
-    up to ``used[r]``, then zeros. Counts are int64 [rows]."""
+def lay_out(
+    ids: np.ndarray, own: np.ndarray, count: np.ndarray, kept: np.ndarray, *, shared: bool
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """(ids int32 [T, K], weights float32 [T, K], float64 mass [T] of the weights given) from one row's values after the other's:
+    ``count[r]`` of ``ids`` and ``kept[r]`` of ``own`` (int64 [T]); K is the largest count, zeros stand behind a row's last.
+
+    ``shared``: entries without a weight share what the others leave; see ``kernels.draws``.
+    """
     from kdscale.targets import kernels
 
-    rows = np.empty((len(own), int(used.max(initial=0))), values.dtype)
-    kernels.rows_of_unequal_length(values, own, used, rest, rows)
-    return rows
+    size = (len(count), int(count.max(initial=0)))
+    ids_TK, weights_TK = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.float32)
+    mass_T = np.empty(len(count), np.float64)
+    kernels.draws(ids, own, count, kept, shared, ids_TK.numpy(), weights_TK.numpy(), mass_T)
+    return ids_TK, weights_TK, mass_T
 
 
 def encode_between(logp_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

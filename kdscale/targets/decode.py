@@ -40,7 +40,8 @@ def decode(batch: pa.RecordBatch, spec: TargetSpec, vocab_size: int) -> SoftTarg
         PayloadError: ids outside the vocabulary, log-probabilities that are not finite or above 0, mass above 1.
     """
     labels = plane(batch, "label", "<u2" if vocab_size <= 1 << 16 else "<i4").astype(np.int32)
-    _refuse(((labels < 0) | (labels >= vocab_size)).any(), f"a label lies outside the vocabulary of {vocab_size}")
+    # As unsigned numbers those below 0 are the largest.
+    _refuse(labels.view(np.uint32).max(initial=0) >= vocab_size, f"a label lies outside the vocabulary of {vocab_size}")
     labels_T = torch.from_numpy(labels)
     match spec.payload:
         case "topk":
@@ -124,26 +125,17 @@ def _decode_sampled(batch: pa.RecordBatch, labels_T: torch.Tensor, spec: TargetS
     width = value_bytes(spec)
     kept, raw = unpack_ragged(rows_of_bytes(batch, "weights"), width, f"<u{width}", k)
     _refuse(bool((kept > count).any()), "a position has more weights than entries")
-    none = np.zeros(len(count), np.int32)
-    ids_TK = torch.from_numpy(lay_out(raw_ids.astype(np.int32), count, count, none))
     # Counts of draws, or probabilities.
-    own = raw.astype(np.float32) / k if spec.sampler == "replacement" else _values(raw, spec).exp_().numpy()
-    until = np.concatenate([[0.0], own.cumsum(dtype=np.float64)])[np.concatenate([[0], kept.cumsum()])]
-    mass = np.diff(until)
-    if spec.sampler == "replacement":
-        _refuse_mass(torch.from_numpy(mass))
-        weight = torch.from_numpy(lay_out(own, kept, count, none.astype(np.float32)))
+    drawn = spec.sampler == "replacement"
+    own = raw.astype(np.float32) / np.float32(k) if drawn else _values(raw, spec).exp_().numpy()
+    ids_TK, weight_TK, mass_T = lay_out(raw_ids, own, count, kept, shared=not drawn)
+    if drawn:
+        _refuse_mass(torch.from_numpy(mass_T))
     else:
-        # The others share evenly what the kept entries leave; where they leave nothing, rounding is spread over the kept.
-        drawn = count - kept
-        _refuse(bool((mass > 1 + _MASS_EPS).any()), "the kept mass of a position is above 1")
-        whole = np.where((drawn == 0) | (mass > 1), mass, 1.0)
-        _refuse(not (whole > 0).all(), "the mass of a position does not add up to 1")
-        left = np.maximum(1 - mass, 0.0) / np.maximum(drawn, 1)
-        weight = torch.from_numpy(lay_out(own, kept, count, left.astype(np.float32)))
-        weight.div_(torch.from_numpy(whole.astype(np.float32))[:, None])
+        _refuse((mass_T > 1 + _MASS_EPS).any(), "the kept mass of a position is above 1")
+        _refuse(((mass_T == 0) & (kept == count)).any(), "the mass of a position does not add up to 1")
     counts = (torch.from_numpy(count).int(), torch.from_numpy(kept).int())
-    return SampledTargets(labels_T, ids_TK, weight, *counts, _entropy(batch), spec.temperature)
+    return SampledTargets(labels_T, ids_TK, weight_TK, *counts, _entropy(batch), spec.temperature)
 
 
 def _decode_hidden(batch: pa.RecordBatch, spec: TargetSpec) -> torch.Tensor:

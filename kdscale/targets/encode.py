@@ -22,6 +22,7 @@ from kdscale.targets.codec import (
 from kdscale.targets.layout import count_dtype, id_bytes, value_bytes
 
 _LOWEST = torch.finfo(torch.float16).min
+_MINUS_INFINITY = 0xFC00  # float16's bits; above are only numbers that are none
 
 
 def encode(targets: SoftTargets, spec: TargetSpec, target_schema: pa.Schema, vocab_size: int) -> pa.RecordBatch:
@@ -81,8 +82,12 @@ def _samples(targets: SampledTargets, spec: TargetSpec, vocab_size: int) -> list
 def _values(logp: torch.Tensor, spec: TargetSpec) -> np.ndarray:
     if spec.encoding == "uint8":
         return encode_logp(logp).numpy()
-    # A log-probability below float16's range stands for none at all: keep it finite.
-    values: np.ndarray = logp.half().clamp_min_(_LOWEST).numpy()
+    halves = logp.half()
+    values: np.ndarray = halves.numpy()
+    # A log-probability below float16's range stands for none at all: keep it finite. Few are, and to look for one, among the bits
+    # as integers, costs less than the clamp.
+    if values.view(np.uint16).max(initial=0) >= _MINUS_INFINITY:
+        halves.clamp_min_(_LOWEST)
     return values
 
 

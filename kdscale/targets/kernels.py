@@ -1,7 +1,7 @@
 """Loops over packed entries, compiled when this file is imported: by the compact payloads alone, as numba takes its time.
 
-They hold no formula, only where things lie. Nothing that arrives is trusted: every index is bounded by the shapes of the
-arrays. r = row, n = entry of a row.
+Nothing that arrives is trusted: every index is bounded here by the shapes of the arrays, or by the codec before it calls.
+r = row, n = entry of a row.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def _compiled(*signatures: Any) -> Callable[[Function], Function]:
     return compiled
 
 
-_U1, _I4, _I8, _F4 = types.uint8, types.int32, types.int64, types.float32
+_U1, _I4, _I8, _F4, _F8 = types.uint8, types.int32, types.int64, types.float32, types.float64
 
 
 @_compiled(types.void(_given(_I4, 2), _I8, _U1[:, ::1]))
@@ -109,19 +109,48 @@ def sums_of_levels(packed: np.ndarray, table: np.ndarray, count: int, sums: np.n
         sums[r] = below + above
 
 
-@_compiled(
-    types.void(_given(_I4, 1), _given(_I8, 1), _given(_I8, 1), _given(_I4, 1), _I4[:, ::1]),
-    types.void(_given(_F4, 1), _given(_I8, 1), _given(_I8, 1), _given(_F4, 1), _F4[:, ::1]),
-)
-def rows_of_unequal_length(
-    values: np.ndarray, own: np.ndarray, used: np.ndarray, rest: np.ndarray, rows: np.ndarray
+def _draws(kind: types.Type) -> Any:
+    counts = _given(_I8, 1)
+    return types.void(
+        _given(kind, 1), _given(_F4, 1), counts, counts, types.boolean, _I4[:, ::1], _F4[:, ::1], _F8[::1]
+    )
+
+
+@_compiled(_draws(types.uint16), _draws(_I4))
+def draws(
+    values: np.ndarray,
+    own: np.ndarray,
+    used: np.ndarray,
+    kept: np.ndarray,
+    shared: bool,
+    ids: np.ndarray,
+    weights: np.ndarray,
+    mass: np.ndarray,
 ) -> None:
-    """Fill ``rows``: the next ``own[r]`` of ``values``, then ``rest[r]`` up to entry ``used[r]``, then zeros."""
-    width, start = rows.shape[1], 0
-    for r in range(len(rows)):
-        taken = max(0, min(own[r], width, len(values) - start))
+    """Lay out rows of unequal length: the next ``used[r]`` of ``values`` in ``ids`` [rows, K], the next ``kept[r]`` of ``own`` in
+    ``weights`` [rows, K], zeros behind; float64 ``mass`` [rows] is the sum of the latter.
+
+    ``shared``: the used entries without a weight of their own share evenly what those leave of 1; where they leave nothing, or
+    there are no others, the weights are divided by their sum.
+    """
+    width, start, own_start = ids.shape[1], 0, 0
+    for r in range(len(ids)):
+        taken = max(0, min(used[r], width, len(values) - start))
+        own_taken = max(0, min(kept[r], taken, len(own) - own_start))
+        total = 0.0
+        for n in range(own_taken):
+            total += own[own_start + n]
+        mass[r] = total
+        scale, rest = np.float32(1), np.float32(0)
+        if shared and total > 0 and (own_taken == taken or total > 1):
+            scale = np.float32(1 / total)
+        elif shared and own_taken < taken:
+            rest = np.float32((1 - total) / (taken - own_taken))
         for n in range(taken):
-            rows[r, n] = values[start + n]
+            ids[r, n] = values[start + n]
+            weights[r, n] = own[own_start + n] * scale if n < own_taken else rest
         for n in range(taken, width):
-            rows[r, n] = rest[r] if n < used[r] else 0
+            ids[r, n] = 0
+            weights[r, n] = 0
         start += taken
+        own_start += own_taken

@@ -157,17 +157,28 @@ def test_nibbles_round_trip(rows: int, count: int, seed: int):
                 sum_levels(packed, wrong.contiguous(), count)
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=9))
-def test_rows_of_unequal_length(lengths: list[tuple[int, int]]):
-    own = np.array([min(pair) for pair in lengths], np.int64)
-    used = np.array([max(pair) for pair in lengths], np.int64)
-    values, rest = np.arange(1, own.sum() + 1, dtype=np.float32), -np.arange(1, len(own) + 1, dtype=np.float32)
-    rows = lay_out(values, own, used, rest)
-    assert rows.shape == (len(own), max(used, default=0))
-    taken = iter(values)
-    for row, mine, all_, other in zip(rows, own, used, rest, strict=True):
-        expected = [next(taken) for _ in range(mine)] + [other] * (all_ - mine)
-        assert row.tolist() == expected + [0] * (len(row) - all_)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=9), st.booleans(), st.integers(0, 99))
+def test_rows_of_unequal_length(lengths: list[tuple[int, int]], shared: bool, seed: int):
+    kept = np.array([min(pair) for pair in lengths], np.int64)
+    count = np.array([max(pair) for pair in lengths], np.int64)
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, 1 << 16, count.sum()).astype(random.choice(["u2", "i4"]))
+    own = random.random(kept.sum(), dtype=np.float32) / 3
+    ids_TK, weights_TK, mass_T = lay_out(ids, own, count, kept, shared=shared)
+    assert ids_TK.shape == weights_TK.shape == (len(count), max(count, default=0))
+    taken, given_ = iter(ids.tolist()), iter(own.tolist())
+    for row, weights, mass, used, mine in zip(ids_TK, weights_TK, mass_T, count, kept, strict=True):
+        behind = [0] * (len(row) - used)
+        assert row.tolist() == [next(taken) for _ in range(used)] + behind
+        expected = [next(given_) for _ in range(mine)]
+        assert mass == pytest.approx(sum(expected))
+        if shared and mine < used and sum(expected) <= 1:
+            expected += [(1 - sum(expected)) / (used - mine)] * (used - mine)
+        elif shared and mine:
+            expected = [one / sum(expected) for one in expected] + [0] * (used - mine)
+        else:
+            expected += [0] * (used - mine)
+        assert weights.tolist() == pytest.approx(expected + behind, rel=1e-5)
 
 
 @given(sizes, st.sampled_from(["threshold", "replacement"]), st.sampled_from(["float16", "uint8"]))
@@ -191,6 +202,22 @@ def test_sampled_round_trip(size: tuple[int, int, int, int], sampler, encoding):
     assert sum(part.nbytes for part in SoftTargets.join([back, back]).tensors()) == 2 * sum(
         part.nbytes for part in back.tensors()
     )
+
+
+def test_below_the_range_of_float16_is_least_of_it():
+    spec = TargetSpec("topk", k=5)
+    targets = make(spec=spec)
+    assert isinstance(targets, TopkTargets)
+    logp = targets.logp_TK.clone()
+    logp[2, 4], logp[3, 4] = -1e6, -torch.inf
+    tail = torch.log1p(-logp.exp().sum(-1))
+    back = back_and_forth(replace(targets, logp_TK=logp, tail_logp_T=tail), spec, 50)
+    assert isinstance(back, TopkTargets)
+    assert torch.isfinite(back.logp_TK).all()
+    assert (back.logp_TK[2:4, 4] < -65_000).all()
+    nothing = replace(targets, logp_TK=logp.fill_(-torch.nan))
+    with pytest.raises(PayloadError, match="not finite"):
+        back_and_forth(nothing, spec, 50)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS["hidden"])

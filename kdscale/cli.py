@@ -213,7 +213,7 @@ def evaluate(
         if not model.is_dir():
             raise ConfigError(f"--model {model} is not a directory")
         changes += ["student.init=model", f"student.model={model}", "student.layers=null", "student.config=null"]
-        changes += ["student.freeze=[]"]
+        changes += ["student.freeze=[]", "student.lora=null"]
         checkpoint = "never"
     _drive("evaluate", load_config(config, changes), checkpoint, teacher_endpoints)
 

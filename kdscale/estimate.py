@@ -21,10 +21,15 @@ class ModelFiles:
 
     parameters: int | None = None
     file_bytes: int | None = None
-    tensors: dict[str, int] | None = None
-    """Elements by tensor name."""
+    shapes: dict[str, list[int]] | None = None
+    """By tensor name."""
     vocab_size: int | None = None
     hidden_size: int | None = None
+
+    @property
+    def tensors(self) -> dict[str, int] | None:
+        """Elements by tensor name."""
+        return None if self.shapes is None else {name: math.prod(shape) for name, shape in self.shapes.items()}
 
     @property
     def largest_gathered(self) -> int | None:
@@ -46,16 +51,16 @@ def read_model(name: str | None) -> ModelFiles:
         return ModelFiles()
     config = _json(directory / "config.json")
     config = config.get("text_config", config)
-    tensors: dict[str, int] = {}
+    shapes: dict[str, list[int]] = {}
     files = sorted(directory.glob("*.safetensors"))
     for file in files:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        tensors |= {key: math.prod(one["shape"]) for key, one in header.items() if key != "__metadata__"}
+        shapes |= {key: one["shape"] for key, one in header.items() if key != "__metadata__"}
     return ModelFiles(
-        parameters=sum(tensors.values()) if tensors else None,
+        parameters=sum(map(math.prod, shapes.values())) if shapes else None,
         file_bytes=sum(file.stat().st_size for file in files) if files else None,
-        tensors=tensors or None,
+        shapes=shapes or None,
         vocab_size=_true_vocab(directory) or config.get("vocab_size"),
         hidden_size=config.get("hidden_size") or config.get("n_embd"),
     )
@@ -79,16 +84,28 @@ def _json(path: Path) -> dict[str, Any]:
 
 def student_parameters(student: StudentSection, teacher: ModelFiles) -> tuple[int | None, int | None]:
     """(all, trained) parameters of the student."""
-    tensors = teacher.tensors if student.init == "teacher_layers" else read_model(student.model).tensors
-    if tensors is None:
+    shapes = teacher.shapes if student.init == "teacher_layers" else read_model(student.model).shapes
+    if shapes is None:
         return None, None
     kept: dict[str, int] = {}
-    for name, elements in tensors.items():
+    adapters = 0
+    for name, shape in shapes.items():
         layer = _LAYER.search(name)
         copies = student.layers.count(int(layer.group(1))) if layer and student.layers is not None else 1
-        kept[name] = elements * copies
-    frozen = sum(n for name, n in kept.items() if any(re.search(pattern, name) for pattern in student.freeze))
-    return sum(kept.values()), sum(kept.values()) - frozen
+        kept[name] = math.prod(shape) * copies
+        if student.lora is not None and len(shape) == 2 and _finds(student.lora.targets, name.removesuffix(".weight")):
+            adapters += student.lora.rank * sum(shape) * copies
+    frozen = sum(n for name, n in kept.items() if _finds(student.freeze, name))
+    if student.lora is not None:
+        frozen = sum(
+            n for name, n in kept.items() if not _finds(student.lora.whole, name) or _finds(student.freeze, name)
+        )
+    parameters = sum(kept.values())
+    return parameters + adapters, parameters - frozen + adapters
+
+
+def _finds(patterns: list[str], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def teacher_memory(files: ModelFiles, ranks: int, item_bytes: int) -> dict[str, int | None]:
@@ -116,9 +133,10 @@ def student_memory(
     }
 
 
-def pending_checkpoint(parameters: int, trained: int, item_bytes: int) -> int:
-    """Bytes of host memory that a checkpoint takes over all ranks until it is written: a copy of weights and optimizer."""
-    return parameters * item_bytes + trained * 12
+def pending_checkpoint(parameters: int, trained: int, item_bytes: int, *, pipeline: bool) -> int:
+    """Bytes of host memory that a checkpoint takes over all ranks until it is written: a copy of weights and optimizer. Only
+    the stages of a pipeline save frozen weights."""
+    return (parameters if pipeline else trained) * item_bytes + trained * 12
 
 
 def item_bytes(dtype: Dtype, gpus_per_rank: int) -> int:
@@ -146,4 +164,6 @@ def host_memory(config: RunConfig, *, teacher: bool, student: bool) -> int | Non
     states = student_memory(parameters, trained, config.zero_stage, parallel.data, width)
     building = parallel.pipeline * parallel.data * parameters * width
     training = parallel.data * sum(size or 0 for size in states.values())
-    return needed + max(building, training + pending_checkpoint(parameters, trained, width))
+    return needed + max(
+        building, training + pending_checkpoint(parameters, trained, width, pipeline=parallel.pipeline > 1)
+    )

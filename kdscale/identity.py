@@ -53,6 +53,7 @@ _KINDS: dict[str, Kind] = {
     "student.layers": "student",
     "student.config": "student",
     "student.freeze": "student",
+    "student.lora": "student",
     # Master weights are float32 whatever the model computes in, so another dtype can go on from them.
     "student.dtype": "meaning",
     "student.parallel": "rounding",
@@ -136,6 +137,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
         found |= {f"targets.{name}": spec[name] for name in ("payload", "k", "encoding", "sampler")}
     if not scheduled(config):
         del found["train.steps"]
+    if config.student.lora is None:
+        del found["student.lora"]
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 

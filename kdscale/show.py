@@ -91,7 +91,8 @@ def _memory(config: RunConfig, files: ModelFiles) -> Table:
     held, trained_here = parameters // parallel.pipeline, trained // parallel.pipeline
     for name, size in student_memory(held, trained_here, config.zero_stage, parallel.data, width).items():
         table.add_row(f"student: {name}", _size(size))
-    table.add_row("student: host memory of a checkpoint", _size(pending_checkpoint(parameters, trained, width)))
+    pending = pending_checkpoint(parameters, trained, width, pipeline=parallel.pipeline > 1)
+    table.add_row("student: host memory of a checkpoint", _size(pending))
     return table
 
 

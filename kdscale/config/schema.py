@@ -181,6 +181,10 @@ class RunConfig(Section):
                 f"{what} with ZeRO stage 0 clips by a wrong gradient norm, and train.clip = {self.train.clip:g}; {way_out},"
                 " or set train.clip: 0"
             )
+        if self.student.lora is not None:
+            raise ValueError(
+                f"{what} with student.lora is not supported; use student.parallel.data, with any ZeRO stage"
+            )
         if self.deepspeed.get("pipeline"):
             raise ValueError(
                 f"deepspeed.pipeline = {self.deepspeed['pipeline']}: kdscale sets up the pipeline; remove it, and use"

@@ -125,6 +125,19 @@ class ParallelSection(Section):
     """Data-parallel ranks."""
 
 
+class LoraSection(Section):
+    rank: int = Field(16, ge=1)
+    """Rank of what is added to a layer."""
+    alpha: float = Field(32, gt=0)
+    """What is added is scaled by ``alpha / rank``."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of a layer's inputs that its adapter does not see in a step, drawn anew for each."""
+    targets: list[str] = Field(["_proj$"], min_length=1)
+    """Regular expressions; linear layers whose name one of them finds get an adapter. The head cannot."""
+    whole: list[str] = Field([])
+    """Regular expressions; parameters of the base that are trained whole beside the adapters (embedding, head, norms)."""
+
+
 class StudentSection(Section):
     init: Literal["teacher_layers", "model", "config"] = "teacher_layers"
     """Start from chosen layers of the teacher, from a model directory, or from fresh weights of ``config``."""
@@ -136,6 +149,8 @@ class StudentSection(Section):
     """With ``config``: a transformers config as a mapping (``model_type`` and its fields)."""
     freeze: list[str] = Field([])
     """Regular expressions; parameters whose name one of them finds are not trained."""
+    lora: LoraSection | None = None
+    """Train low-rank adapters on the layers instead of their weights; the export has them merged. ``freeze`` counts after."""
     dtype: Dtype = "auto"
     """Like ``teacher.dtype``."""
     parallel: ParallelSection = ParallelSection()

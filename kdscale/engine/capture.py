@@ -67,7 +67,7 @@ class HostCapture(CheckpointEngine):
         try:
             clones = _Clones(self._module)
             name = Path(path).relative_to(self._root).as_posix()
-            captured.files[name] = clones.of(state_dict)
+            captured.files[name] = clones.of(_without_frozen(self._module, state_dict))
             captured.num_bytes += clones.num_bytes
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not be left in DeepSpeed's barrier
             captured.fault = error
@@ -88,6 +88,19 @@ class HostCapture(CheckpointEngine):
     def load(self, path: str, map_location: Any = None) -> Any:
         """Raises: CheckpointError."""
         return load_shard(Path(path), map_location)
+
+
+def _without_frozen(module: nn.Module, state: Any) -> Any:
+    """What is saved of a model that is not cut into stages: frozen weights are where the student began, and a checkpoint
+    holds their digests. DeepSpeed leaves out the first name of each alone, so that a tied head would stay."""
+    if not isinstance(state, dict) or not isinstance(state.get("module"), dict):
+        return state
+    # A shallow copy keeps the class and what is noted on it (a state dict's ``_metadata``).
+    weights = copy.copy(state["module"])
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            weights.pop(name, None)
+    return state | {"module": weights}
 
 
 def load_shard(path: Path, map_location: Any = "cpu", *, mapped: bool = False) -> Any:
@@ -116,7 +129,6 @@ class _Clones:
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, dict):
-            # A shallow copy keeps the class and what is noted on it (a state dict's ``_metadata``).
             made = copy.copy(value)
             for key, item in value.items():
                 made[key] = self.of(item)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kdscale.engine.checkpoint import Checkpoint
+from kdscale.engine.lora import merged
 from kdscale.engine.partition import digest
 from kdscale.engine.sharding import gathered
 from kdscale.engine.shards import Shards, require_same_frozen
@@ -42,7 +43,7 @@ def write_model(
     save_tokenizer: Callable[[Path], None],
     shard_bytes: int,
 ) -> None:
-    """Write config, tokenizer and safetensors of at most ``shard_bytes`` each aside, then put them in place
+    """Write config, tokenizer and safetensors (adapters merged) of at most ``shard_bytes`` each aside, then put them in place
     of ``directory``; what stood there goes when they have its name."""
     staging, old = (directory.with_name(f".{directory.name}.{what}") for what in ("partial", "old"))
     for left in (staging, old):
@@ -50,7 +51,7 @@ def write_model(
     staging.mkdir(parents=True)
     # Students run with their cache on; it is only training that has no use for it.
     model.config.use_cache = True
-    model.save_pretrained(staging, state_dict=state, max_shard_size=shard_bytes)
+    model.save_pretrained(staging, state_dict=merged(model, state), max_shard_size=shard_bytes)
     model.config.use_cache = False
     save_tokenizer(staging)
     if directory.exists():

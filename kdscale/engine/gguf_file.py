@@ -87,7 +87,9 @@ def write_gguf(model: PreTrainedModel, tokenizer: Any, path: Path, kind: GgufTyp
     family = _FAMILIES[config.model_type]
     writer = gguf.GGUFWriter(path, family.architecture)
     try:
+        writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(name)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_settings(writer, config, gguf.LlamaFileType[_FILE_TYPES[kind]])
         add_tokenizer(writer, tokenizer, config.vocab_size)
         tensors = list(_named(model, family))

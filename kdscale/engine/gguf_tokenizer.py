@@ -25,8 +25,12 @@ def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
     described = _described(tokenizer)
     added = {one["id"]: one for one in described["added_tokens"]}
     pieces = {index: token for token, index in tokenizer.get_vocab().items()}
-    if lacking := set(pre_tokenizers.ByteLevel.alphabet()) - set(pieces.values()):
-        raise ModelError(f"the tokenizer has no token for {len(lacking)} of the 256 bytes; GGUF readers need them all")
+    lacking = set(pre_tokenizers.ByteLevel.alphabet()) - set(pieces.values())
+    if lacking and described["model"]["unk_token"] is not None:
+        raise ModelError(
+            f"the tokenizer has no token for {len(lacking)} of the 256 bytes and puts {described['model']['unk_token']} in their"
+            " place; readers of GGUF files leave them out"
+        )
     tokens, kinds = [], []
     for index in range(rows):
         # Rows that the tokenizer has no token for still need a name of their own.

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdscale.config.sections import StudentSection
 from kdscale.engine.attention import attend_by_document
+from kdscale.engine.lora import add_adapters
 from kdscale.errors import IdentityError, ModelError
 from kdscale.head import HeadSpec, head_logits
 from kdscale.storage import fetch, is_url, model_cache
@@ -175,6 +176,8 @@ def build_student(student: StudentSection, teacher_directory: Path, dtype: torch
     model.config.use_cache = False
     if not student.gpus_per_rank:
         attend_by_document(model)
+    if student.lora is not None:
+        add_adapters(model, student.lora, dtype)
     freeze(model, student.freeze)
     require_known_head(model)
     return model

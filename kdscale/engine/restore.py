@@ -32,6 +32,8 @@ def restore(engine: Engine, partition: Partition, checkpoint: Checkpoint, rank: 
     try:
         shards = Shards(checkpoint.directory)
         same = world == len(shards.by_rank) and shards.by_rank[rank]["fragments"] == held["fragments"]
+        # Most are not in the checkpoint: they must be there already.
+        require_same_frozen(checkpoint.directory, held["frozen"], shards)
     except CheckpointError as error:
         fault = error
     _agree(fault, engine, checkpoint)
@@ -40,7 +42,8 @@ def restore(engine: Engine, partition: Partition, checkpoint: Checkpoint, rank: 
         _convert(engine, partition, shards, checkpoint)
         return "converted"
     install(engine)
-    path, _ = engine.load_checkpoint(str(checkpoint.directory), tag=SHARDS)
+    # Not strict: frozen weights are missing. That all others are there was told by the fragments.
+    path, _ = engine.load_checkpoint(str(checkpoint.directory), tag=SHARDS, load_module_strict=False)
     if path is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint.directory / SHARDS}")
     partition.forget_digests()
@@ -82,7 +85,6 @@ def _require_same_parameters(partition: Partition, shards: Shards, directory: Pa
             raise CheckpointError(
                 f"{directory} is not of this student: {name} is {shape} here, and {there} in the checkpoint"
             )
-    require_same_frozen(directory, partition.frozen_digests(), shards)
 
 
 def _agree(fault: CheckpointError | None, engine: Engine, checkpoint: Checkpoint) -> None:

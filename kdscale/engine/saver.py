@@ -102,7 +102,10 @@ class Saver:
         stuck = self._stuck is not None and not self._stuck.ended
         # Its copy is still in memory: no second one.
         self._capture.refuse(OSError(f"an earlier write still hangs, in {self._root}") if stuck else None)
-        self._engine.save_checkpoint(str(staging), tag=SHARDS, save_latest=False)
+        pipeline = layout_of(self._engine, self._world).pipeline > 1
+        self._engine.save_checkpoint(
+            str(staging), tag=SHARDS, save_latest=False, exclude_frozen_parameters=not pipeline
+        )
         captured = self._capture.take()
         small = {state_file(self._rank): random_state(), **(small or {})}
         own = captured.num_bytes + sum(map(len, small.values()))

@@ -56,6 +56,12 @@ _LOG = log.get(__name__)
 _HELD_OUT_ROWS = 2
 """Rows of one request for held-out targets; in a pipeline 1, where all requests have one shape."""
 
+_EXPORTED = 1e-2, 1e-2
+"""Most and mean difference of an exported student's logits, as shares of the largest."""
+_MERGED_ROUNDED = 1e-1, 1e-2
+"""The same where adapters were merged into bfloat16 weights: the sum is rounded once, and the forwards round in other
+places."""
+
 
 @dataclass(frozen=True)
 class _HeldOut:
@@ -364,17 +370,22 @@ class StudentJob:
             write_model(self._student.model, state, directory, save_tokenizer, self._config.export.shard_bytes)
         process.barrier()
         hidden = self._student.hidden([row])
-        # On one rank: the largest difference, and the largest logit.
-        found = torch.zeros(2, device=self._device)
+        # On one rank: the largest difference, the mean one, and the largest logit.
+        found = torch.zeros(3, device=self._device)
         if self._holds_loss:
             with whole_head(self._student) as head:
                 if self._topology.data_rank(self._rank) == 0:
                     ours = head.logits(hidden[0])
-                    found[0] = (ours - self._plain_logits(directory, row, ours.shape[1])).abs().max()
-                    found[1] = ours.abs().max()
-        difference, largest = process.sum_over_ranks(found).tolist()
-        if not difference <= 1e-3 + 1e-2 * largest:
-            raise ModelError(f"the exported student's logits differ from the engine's by {difference:.3g}; not usable")
+                    off = (ours - self._plain_logits(directory, row, ours.shape[1])).abs()
+                    found.copy_(torch.stack([off.max(), off.mean(), ours.abs().max()]))
+        difference, mean, largest = process.sum_over_ranks(found).tolist()
+        rounded = self._config.student.lora is not None and self._dtype != torch.float32
+        most, most_mean = _MERGED_ROUNDED if rounded else _EXPORTED
+        if not (difference <= 1e-3 + most * largest and mean <= 1e-3 + most_mean * largest):
+            raise ModelError(
+                f"the exported student's logits differ from the engine's by up to {difference:.3g}, {mean:.3g} on average (the"
+                f" largest is {largest:.3g}); not usable"
+            )
         return float(difference)
 
     def _plain_logits(self, directory: Path, row: TokenBatch, vocab_size: int) -> torch.Tensor:

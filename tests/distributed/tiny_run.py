@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from kdscale.batch import SoftTargets, TokenBatch
 from kdscale.config.schema import RunConfig
+from kdscale.config.sections import LoraSection
 from kdscale.data.loader import Loader
 from kdscale.engine import checkpoint, process
 from kdscale.engine.export import load_checkpoint_weights
+from kdscale.engine.lora import add_adapters
 from kdscale.engine.models import freeze
 from kdscale.engine.restore import restore
 from kdscale.engine.saver import Saver
@@ -47,6 +49,8 @@ class Case:
     """``gpt2`` has dropout."""
     micro_rows: int = 1
     frozen: str = ""
+    lora: bool = False
+    """Adapters with dropout on a base that is the same in every run."""
     soft: bool = True
     steps: int = 6
     until: int = 0
@@ -152,6 +156,10 @@ def make_student(case: Case, seed: int) -> transformers.PreTrainedModel:
         model.config.use_cache = False
     else:
         model = make_model(case.family, seed)
+    if case.lora:
+        model = make_model(case.family, seed=99)
+        torch.manual_seed(seed)
+        add_adapters(model, LoraSection(rank=4, dropout=0.1), torch.float32)
     if case.frozen:
         # What is frozen is what the student starts from, in every run of it.
         torch.manual_seed(99)

@@ -1,7 +1,13 @@
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 from kdscale.config import RunConfig
-from kdscale.estimate import host_memory
+from kdscale.config.sections import StudentSection
+from kdscale.engine.models import build_student
+from kdscale.estimate import host_memory, read_model, student_parameters
 
 
 def test_only_what_starts_here_needs_memory_here(teacher_dir: Path):
@@ -23,3 +29,20 @@ def test_only_what_starts_here_needs_memory_here(teacher_dir: Path):
     assert three is not None
     # The file that is mapped while loading is counted once.
     assert teacher < three < 3 * teacher
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"freeze": ["embed_tokens"]},
+        {"lora": {"rank": 2}},
+        {"lora": {"rank": 3, "targets": ["q_proj", "mlp"], "whole": ["embed_tokens", "norm"]}, "freeze": ["layernorm"]},
+    ],
+    ids=str,
+)
+def test_parameters_are_those_of_the_student_that_is_built(fields: dict[str, Any], teacher_dir: Path):
+    student = StudentSection.model_validate({"layers": [0, 3, 3], **fields})
+    built = list(build_student(student, teacher_dir, torch.float32).parameters())
+    trained = [parameter for parameter in built if parameter.requires_grad]
+    expected = tuple(sum(parameter.numel() for parameter in some) for some in (built, trained))
+    assert student_parameters(student, read_model(str(teacher_dir))) == expected

@@ -111,11 +111,18 @@ def test_rounding_counts_in_deterministic_mode_only(sections: dict[str, dict[str
     assert go_on(found, deterministic=True, allowed=(name,)) == found
 
 
-def test_another_student_cannot_be_allowed():
-    found = changed(student={"layers": [0, 1]})
+@pytest.mark.parametrize("fields", [{"layers": [0, 1]}, {"lora": {}}], ids=str)
+def test_another_student_cannot_be_allowed(fields: dict[str, Any]):
+    found = changed(student=fields)
     with pytest.raises(CheckpointError, match="holds other parameters than this student's") as refusal:
         go_on(found, allowed=("student", "student.layers"))
     assert "--allow-changed" not in str(refusal.value)
+
+
+def test_adapters_that_are_not_there_have_no_settings():
+    """A checkpoint from before there were adapters is one of a student without."""
+    assert "student.lora" not in settings(config())
+    assert settings(config(student={"lora": {"rank": 4}}))["student.lora.rank"] == 4
 
 
 def test_steps_are_part_of_a_schedule():

@@ -64,6 +64,8 @@ def test_resolved_config_round_trips(file: Path, tmp_path: Path):
         ("targets.payload=everything", r"targets.payload = 'everything'"),
         ("student.layers=null", r"student.layers is missing"),
         ("student.model=x", r"student.model is not read"),
+        ("student.lora={targets: []}", r"student.lora.targets = \[\]: list should have at least 1 item"),
+        ("student.lora={rang: 4}", r"unknown key student.lora.rang; did you mean student.lora.rank\?"),
         ("export.shard_gib=0", r"export.shard_gib = 0: input should be greater than 0"),
         ("deepspeed=nowhere.json", r"no such file beside the config"),
         ("train.warmup_steps=100", r"must be below train.steps"),
@@ -102,6 +104,10 @@ def test_pipeline_with_zero3_is_refused_by_name(file: Path, tmp_path: Path):
         (
             ["deepspeed={zero_optimization: {stage: 1}, pipeline: {use_reentrant: false}}"],
             r"deepspeed.pipeline = .* remove",
+        ),
+        (
+            ["deepspeed={zero_optimization: {stage: 1}}", "student.lora={rank: 4}"],
+            r"pipeline = 2 with student.lora is not supported; use student.parallel.data, with any ZeRO stage",
         ),
     ],
 )

@@ -43,15 +43,21 @@ def test_what_training_changes_afterwards_is_not_in_it(tmp_path: Path):
     assert engine.take().files == {}
 
 
-def test_frozen_weights_are_not_copied(tmp_path: Path):
-    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+def test_frozen_weights_are_not_saved_with_a_model_and_not_copied_with_a_stage(tmp_path: Path):
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     module[0].requires_grad_(False)
+    module[2].weight = module[0].weight
     engine = capture(tmp_path, module)
     engine.save({"module": module.state_dict()}, str(tmp_path / "x.pt"))
     (found,) = engine.take().files.values()
-    assert found["module"]["0.weight"].data_ptr() == module[0].weight.data_ptr()
+    assert set(found["module"]) == {"1.weight", "1.bias", "2.bias"}, "a tied one has two names"
     assert found["module"]["1.weight"].data_ptr() != module[1].weight.data_ptr()
     assert torch.equal(found["module"]["1.weight"], module[1].weight)
+    engine = capture(tmp_path, module)
+    engine.save(module.state_dict(), str(tmp_path / "layer.pt"))
+    (found,) = engine.take().files.values()
+    assert found["0.weight"].data_ptr() == module[0].weight.data_ptr()
+    assert found["1.weight"].data_ptr() != module[1].weight.data_ptr()
 
 
 def test_a_fault_is_kept_and_not_raised(tmp_path: Path):

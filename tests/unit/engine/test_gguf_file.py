@@ -107,8 +107,12 @@ def test_what_a_file_cannot_say_is_refused(family: str, fields: dict, message: s
 
 def test_tokens_that_a_file_cannot_say_are_refused(tokenizer_dir: Path, tokenizer, tmp_path: Path):
     lacking = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
-    with pytest.raises(ModelError, match=r"no token for \d+ of the 256 bytes"):
+    with pytest.raises(ModelError, match=r"no token for \d+ of the 256 bytes and puts <unk> in their place"):
         write_gguf(model_of("llama"), lacking, tmp_path / "model.gguf", "f32", "tiny")
+    # Without that token it leaves them out itself.
+    lacking.backend_tokenizer.model.unk_token = None
+    write_gguf(model_of("llama"), lacking, tmp_path / "model.gguf", "f32", "tiny")
+    require_same_tokens(lacking, transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf"))
     fields = copy.deepcopy(FAMILIES["llama"])
     fields.intermediate_size = 40
     odd = transformers.AutoModelForCausalLM.from_config(fields)

@@ -26,7 +26,6 @@ from kdscale.engine.shards import index_files
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
 from kdscale.evaluate.quality import (
-    HIDDEN,
     NO_SUMS,
     Quality,
     TeacherView,
@@ -38,17 +37,16 @@ from kdscale.evaluate.quality import (
 from kdscale.head import Head
 from kdscale.metrics import MetricsFile, StepMetrics
 from kdscale.mirror import Mirror, mirror_of
-from kdscale.stream.client import FlightSource
 from kdscale.stream.filling import Filling
 from kdscale.stream.protocol import Access
-from kdscale.stream.recording import Provenance, Recording
-from kdscale.stream.source import NoTargets, TeacherSource
+from kdscale.stream.source import TeacherSource
 from kdscale.stream.whole import needs_no_teacher
 from kdscale.student.keeping import Keeping
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
 from kdscale.student.module import flatten_batch
 from kdscale.student.resume import WAYS, go_on_from, require_one_environment
 from kdscale.student.saving import Saving
+from kdscale.student.sources import open_source
 from kdscale.student.trainer import Totals, Trainer
 from kdscale.student.worker import StudentSetup
 
@@ -216,28 +214,7 @@ class StudentJob:
         return report
 
     def _source(self, access: Access | None, corpus: Corpus) -> TeacherSource:
-        """The served teacher, the recorded one, the one that is being recorded, or none."""
-        config, meaning, who = self._config, self._setup.meaning, f"student-{self._rank}"
-        targets = config.targets
-        if targets.source == "none":
-            return NoTargets()
-        if needs_no_teacher(targets):
-            assert targets.recording is not None
-            return Recording(Path(targets.recording), Provenance.of(config, meaning, corpus.fingerprint))
-        assert access is not None
-        live = FlightSource(access, meaning, config.stream, who, by_row=config.run.deterministic)
-        if targets.source == "live":
-            return live
-        assert targets.recording is not None
-        return Filling(
-            live,
-            Path(targets.recording),
-            Provenance.of(config, meaning, corpus.fingerprint),
-            meaning=meaning,
-            row_tokens=config.data.row_tokens,
-            heldout=HIDDEN,
-            rank=self._rank,
-        )
+        return open_source(self._config, self._setup.meaning, corpus.fingerprint, access, self._rank)
 
     def _text(self) -> tuple[Tokenizer, Corpus]:
         """Tokenizer and corpus; the driver has tokenized it, so this finds it in the cache."""

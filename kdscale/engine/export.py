@@ -36,17 +36,20 @@ def _buffers(model: nn.Module) -> set[str]:
 
 
 def write_model(
-    model: PreTrainedModel, state: dict[str, torch.Tensor], directory: Path, save_tokenizer: Callable[[Path], None]
+    model: PreTrainedModel, state: dict[str, torch.Tensor], directory: Path, save_reader: Callable[[Path], None]
 ) -> None:
-    """Write config, safetensors and tokenizer aside, then put them in place of ``directory``."""
+    """Write config, safetensors and what inputs are read by aside, then put them in place of ``directory``."""
     staging = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     # Students run with their cache on; it is only training that has no use for it.
-    model.config.use_cache = True
+    cached = hasattr(model.config, "use_cache")
+    if cached:
+        model.config.use_cache = True
     model.save_pretrained(staging, state_dict=state)
-    model.config.use_cache = False
-    save_tokenizer(staging)
+    if cached:
+        model.config.use_cache = False
+    save_reader(staging)
     shutil.rmtree(directory, ignore_errors=True)
     staging.rename(directory)
 

@@ -1,4 +1,4 @@
-"""Causal language models: found, loaded, cut from a teacher's layers, and taken apart into base and head."""
+"""Language models and classifiers: found, loaded, cut from a teacher's layers, and taken apart into base and head."""
 
 import hashlib
 import json
@@ -16,14 +16,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from kdscale.config.sections import StudentSection
+from kdscale.data.images import Pixels
+from kdscale.engine import classifiers
 from kdscale.engine.attention import attend_by_document
 from kdscale.errors import ModelError
 from kdscale.head import HeadSpec, head_logits
+from kdscale.spec import Task
 
 # A rank's log is no terminal.
 disable_progress_bar()
 
-_LAYER = re.compile(r"(\.(?:layers|h|blocks)\.)(\d+)(?=\.)")
+_LAYER = re.compile(r"(\.(?:layers|layer|h|blocks)\.)(\d+)(?=\.)")
 
 
 def resolve_model(name: str) -> Path:
@@ -78,39 +81,88 @@ def load_config(directory: str | Path) -> PretrainedConfig:
         raise ModelError(f"{directory}/config.json is not usable: {error}") from error
 
 
+_AUTO: dict[Task, Any] = {"language-modelling": AutoModelForCausalLM, **classifiers.AUTO}
+
+
 def load_causal_lm(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A pretrained language model from safetensors. Raises: ModelError."""
+    return load_model(directory, dtype, "language-modelling")
+
+
+def load_model(directory: str | Path, dtype: torch.dtype, task: Task) -> PreTrainedModel:
     """A pretrained model from safetensors. Raises: ModelError."""
+    if task != "language-modelling":
+        classifiers.require_family(task, load_config(directory), str(directory))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        model, info = _AUTO[task].from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (ValueError, KeyError, OSError, SafetensorError) as error:
-        raise ModelError(f"{directory} cannot be loaded as a causal language model: {error}") from error
-    model.config.use_cache = False
+        raise ModelError(f"{directory} cannot be loaded for {task}: {error}") from error
+    if task != "language-modelling" and info["missing_keys"]:
+        # transformers would draw a head at random, and go on.
+        raise ModelError(
+            f"{directory} holds no classifier: {sorted(info['missing_keys'])[:3]} are missing; fine-tune it first"
+        )
+    _without_cache(model)
     return model
 
 
-def build_student(student: StudentSection, teacher_directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _without_cache(model: PreTrainedModel) -> None:
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+
+
+def build_student(
+    student: StudentSection, teacher_directory: Path, dtype: torch.dtype, task: Task = "language-modelling"
+) -> PreTrainedModel:
     """The student, whole and in host memory; sharding comes later, from outside.
 
     Fresh weights are drawn plainly (``zero.Init`` with transformers 5 draws others), so the caller's seed decides them.
     """
+    config = None if task == "language-modelling" else classifier_config(student, teacher_directory, task)
     match student.init:
         case "teacher_layers":
             assert student.layers is not None
-            model = from_teacher_layers(teacher_directory, student.layers, dtype)
+            model = from_teacher_layers(teacher_directory, student.layers, dtype, task)
         case "model":
             assert student.model is not None
-            model = load_causal_lm(resolve_model(student.model), dtype)
+            model = load_model(resolve_model(student.model), dtype, task)
+        case "config" if config is not None:
+            model = _AUTO[task].from_config(config, dtype=dtype)
         case "config":
             assert student.config is not None
             model = from_fields(student.config, dtype)
-    model.config.use_cache = False
-    if not student.gpus_per_rank:
+    _without_cache(model)
+    if not student.gpus_per_rank and config is None:
         attend_by_document(model)
     freeze(model, student.freeze)
-    require_known_head(model)
+    if config is None:
+        require_known_head(model)
     return model
+
+
+def classifier_config(student: StudentSection, teacher_directory: Path, task: Task) -> PretrainedConfig:
+    """What a classifying student will be, before any weight is read. Raises: ModelError, IdentityError."""
+    teacher = load_config(teacher_directory)
+    own = None
+    match student.init:
+        case "teacher_layers":
+            own = teacher
+        case "model":
+            assert student.model is not None
+            own = load_config(resolve_model(student.model))
+    config = classifiers.student_config(student, own, teacher)
+    classifiers.require_family(task, config, f"student.init = {student.init}")
+    return config
+
+
+def student_pixels(student: StudentSection, teacher_directory: Path, task: Task) -> Pixels | None:
+    """How the student reads images; none where it reads text. Raises: ModelError."""
+    if task != "image-classification":
+        return None
+    own = resolve_model(student.model) if student.init == "model" and student.model is not None else teacher_directory
+    return Pixels.load(own, settings_of=teacher_directory)
 
 
 def from_fields(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -124,7 +176,9 @@ def from_fields(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
         raise ModelError(f"student.config is not a causal language model's: {error}") from error
 
 
-def from_teacher_layers(directory: Path, layers: list[int], dtype: torch.dtype) -> PreTrainedModel:
+def from_teacher_layers(
+    directory: Path, layers: list[int], dtype: torch.dtype, task: Task = "language-modelling"
+) -> PreTrainedModel:
     """A model of the teacher's chosen layers, embeddings and head; reads only the tensors it needs.
 
     Raises:
@@ -138,13 +192,15 @@ def from_teacher_layers(directory: Path, layers: list[int], dtype: torch.dtype) 
     text.num_hidden_layers = len(layers)
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[layer] for layer in layers]
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model = _AUTO[task].from_config(config, dtype=dtype, trust_remote_code=False)
     # A student layer may appear twice in the teacher's numbering only if the user listed it twice.
     targets: dict[int, list[int]] = {}
     for new, old in enumerate(layers):
         targets.setdefault(old, []).append(new)
     state: dict[str, torch.Tensor] = {}
-    for name, read in _stored_tensors(directory):
+    # Classifiers lie on disk under other names than in the model; they are small enough to be loaded whole.
+    stored = _stored_tensors(directory) if task == "language-modelling" else _loaded_tensors(directory, dtype, task)
+    for name, read in stored:
         found = _LAYER.search(name)
         if found is None:
             state[name] = read().to(dtype)
@@ -181,6 +237,12 @@ def _stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
             raise ModelError(f"{directory / file} cannot be read: {error}") from error
 
 
+def _loaded_tensors(directory: Path, dtype: torch.dtype, task: Task) -> Iterator[tuple[str, Any]]:
+    """(name, reader) of every parameter of a model."""
+    for name, parameter in load_model(directory, dtype, task).state_dict().items():
+        yield name, lambda parameter=parameter: parameter
+
+
 def freeze(model: nn.Module, patterns: list[str]) -> None:
     """Stop training the parameters whose name a pattern finds. Raises: ModelError for a pattern that finds none."""
     for pattern in patterns:
@@ -196,16 +258,32 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
 # ---- base and head ----
 
 
+def head_module(model: PreTrainedModel) -> Any:
+    """The last linear layer: of a language model over the vocabulary, of a classifier over the classes. None: there is none."""
+    return classifiers.class_head(model) if classifiers.is_classifier(model) else model.get_output_embeddings()
+
+
+def set_head(model: PreTrainedModel, head: nn.Module) -> None:
+    if classifiers.is_classifier(model):
+        classifiers.set_class_head(model, head)
+    else:
+        model.set_output_embeddings(head)
+
+
 def head_of(model: PreTrainedModel, vocab_size: int) -> tuple[nn.Parameter, nn.Parameter | None, HeadSpec]:
     """Weight, bias and spec of the model's head over a true vocabulary of ``vocab_size``.
 
     Raises:
         ModelError: no head, or fewer rows than the vocabulary.
     """
-    module = model.get_output_embeddings()
+    module = head_module(model)
     if module is None:
         raise ModelError(f"{type(model).__name__} has no output embeddings; kdscale distils causal language models")
     rows = getattr(module.weight, "ds_shape", module.weight.shape)[0]
+    if classifiers.is_classifier(model):
+        if rows != vocab_size:
+            raise ModelError(f"{vocab_size} classes are wanted, and the model's head tells {rows} apart")
+        return module.weight, getattr(module, "bias", None), classifiers.class_spec(vocab_size)
     if rows < vocab_size:
         raise ModelError(
             f"the tokenizer has {vocab_size} ids, the model's head only {rows} rows; they don't belong together"
@@ -227,6 +305,16 @@ def base_hidden(model: PreTrainedModel, ids_RL: torch.Tensor, positions_RL: torc
         input_ids=ids_RL, position_ids=positions_RL, attention_mask=None, use_cache=False, return_dict=False
     )[0]
     return hidden
+
+
+def hidden_states(
+    model: PreTrainedModel, inputs_RL: torch.Tensor, beside: torch.Tensor, pixels: Pixels | None = None
+) -> torch.Tensor:
+    """The head's input at every position, row after row, [N, D]: of a language model (``beside``: positions [R, L]) at every
+    token, of a classifier whose head passes it on (``beside``: lengths [R]) of every row."""
+    if classifiers.is_classifier(model):
+        return classifiers.pooled(model, inputs_RL, beside, pixels)
+    return base_hidden(model, inputs_RL, beside).flatten(0, 1)
 
 
 @torch.no_grad()

@@ -8,23 +8,22 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kdscale import log
-from kdscale.batch import TokenBatch
-from kdscale.data.corpus import Corpus, build_corpus
-from kdscale.data.loader import Loader
-from kdscale.data.tokenizer import Tokenizer, load_tokenizer
+from kdscale.batch import Batch
+from kdscale.data.reading import RunCorpus, load_reader, make_loader, read_corpus
 from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
-from kdscale.engine.attention import attend_by_document
+from kdscale.engine.classifiers import class_names
 from kdscale.engine.export import write_model
-from kdscale.engine.models import build_student
+from kdscale.engine.models import build_student, load_config, student_pixels
 from kdscale.engine.saver import Saver
 from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
 from kdscale.engine.shards import index_files
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
+from kdscale.evaluate.plain import plain_logits
 from kdscale.evaluate.quality import NO_SUMS, Quality, TeacherView, quality, quality_sums, teacher_view
 from kdscale.head import Head
 from kdscale.metrics import MetricsFile, StepMetrics
@@ -33,14 +32,13 @@ from kdscale.stream.protocol import Access
 from kdscale.stream.recording import Provenance, Recording
 from kdscale.stream.source import TeacherSource
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
-from kdscale.student.module import flatten_batch
 from kdscale.student.resume import WAYS, go_on_from, require_one_environment
 from kdscale.student.saving import Saving
 from kdscale.student.trainer import Totals, Trainer
 from kdscale.student.worker import StudentSetup
 
 _LOG = log.get(__name__)
-_HELD_OUT_ROWS = 2
+_HELD_OUT_ROWS, _HELD_OUT_EXAMPLES = 2, 64
 """Rows of one request for held-out targets; in a pipeline 1, where all requests have one shape."""
 
 
@@ -48,7 +46,7 @@ _HELD_OUT_ROWS = 2
 class _HeldOut:
     """This rank's share of the held-out text, and the teacher's side of it where the loss is held."""
 
-    batches: list[TokenBatch]
+    batches: list[Batch]
     view: TeacherView | None
 
 
@@ -73,7 +71,9 @@ class StudentJob:
         self._directory = Path(setup.run_directory)
         self._topology = topology_of(config.student.parallel)
 
-        model = build_student(config.student, Path(setup.teacher_directory), self._dtype)
+        teacher = Path(setup.teacher_directory)
+        model = build_student(config.student, teacher, self._dtype, config.task)
+        self._pixels = student_pixels(config.student, teacher, config.task)
         if config.student.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -98,7 +98,7 @@ class StudentJob:
         chunk_bytes = int(config.loss.chunk_mib * 2**20)
         settings = student_settings(config, self._dtype_name)
         if self._topology.pipeline == 1:
-            return DataParallelStudent(model, vocab_size, chunk_bytes, settings, self._rank)
+            return DataParallelStudent(model, vocab_size, chunk_bytes, settings, self._rank, self._pixels)
         by_time = config.student.parallel.split == "time"
         shape = (config.train.micro_rows, config.data.row_tokens) if by_time else None
         return PipelineStudent(model, vocab_size, chunk_bytes, settings, self._topology, self._rank, shape)
@@ -127,10 +127,10 @@ class StudentJob:
 
     def _run(self, access: Access | None, saving: Saving) -> dict[str, Any]:
         config = self._config
-        tokenizer, corpus = self._text()
+        save_reader, corpus = self._data()
         source = self._source(access, corpus)
-        cut, packing, columns = batch_cut(config), config.data.packing, config.data.row_tokens
-        loader = Loader(corpus.train, packing, columns, cut.rows, config.run.seed)
+        cut = batch_cut(config)
+        loader = make_loader(corpus.train, config.data, cut.rows, config.run.seed)
         trainer = Trainer(
             config,
             loader,
@@ -165,7 +165,7 @@ class StudentJob:
             after = self._quality(held_out).as_dict()
             report |= {"quality_before": self._notes["quality_before"], "quality_after": after}
         self._phase("exporting")
-        report["export_max_logit_difference"] = self._export(loader.batch(0).cut(slice(0, 1)), tokenizer.save)
+        report["export_max_logit_difference"] = self._export(loader.batch(0).cut(slice(0, 1)), save_reader)
         report["teacher_stats"] = source.teacher_stats()
         report["received"] = {payload: asdict(received) for payload, received in source.received.items()}
         source.close()
@@ -176,7 +176,7 @@ class StudentJob:
 
     def evaluate(self, access: Access | None) -> dict[str, Any]:
         """Canary and quality of the student as it was built, without training. Raises: any KdscaleError."""
-        _, corpus = self._text()
+        _, corpus = self._data()
         source = self._source(access, corpus)
         report, held_out = self._check_teacher(self._held_out(corpus)[0], corpus, source)
         if held_out is None:
@@ -186,7 +186,7 @@ class StudentJob:
         source.close()
         return report
 
-    def _source(self, access: Access | None, corpus: Corpus) -> TeacherSource:
+    def _source(self, access: Access | None, corpus: RunCorpus) -> TeacherSource:
         """The served teacher, or without ``access`` the recorded one."""
         config, meaning, who = self._config, self._setup.meaning, f"student-{self._rank}"
         if access is not None:
@@ -194,13 +194,17 @@ class StudentJob:
         assert config.targets.recording is not None
         return Recording(Path(config.targets.recording), Provenance.of(config, meaning, corpus.fingerprint))
 
-    def _text(self) -> tuple[Tokenizer, Corpus]:
-        """Tokenizer and corpus; the driver has tokenized it, so this finds it in the cache."""
-        tokenizer = load_tokenizer(self._config.data.tokenizer or self._setup.teacher_directory)
-        return tokenizer, build_corpus(self._config.data, tokenizer, lambda done, total, what: None)
+    def _data(self) -> tuple[Callable[[Path], None], RunCorpus]:
+        """What writes by what the student reads its inputs, and the corpus; the driver has made it, so this finds it in the
+        cache."""
+        task, data, teacher = self._config.task, self._config.data, Path(self._setup.teacher_directory)
+        reader = load_reader(task, data, teacher)
+        classes = () if task == "language-modelling" else class_names(load_config(teacher))
+        corpus = read_corpus(task, data, reader, classes, lambda done, total, what: None)
+        return (self._pixels or reader).save, corpus
 
     def _check_teacher(
-        self, row: TokenBatch, corpus: Corpus, source: TeacherSource
+        self, row: Batch, corpus: RunCorpus, source: TeacherSource
     ) -> tuple[dict[str, Any], _HeldOut | None]:
         """The canary on ``row``; meanwhile the teacher scores the held-out text."""
         config = self._config
@@ -232,7 +236,7 @@ class StudentJob:
 
     # ---- checks and measures ----
 
-    def _canary(self, batch: TokenBatch, source: TeacherSource, head: Head | None) -> str:
+    def _canary(self, batch: Batch, source: TeacherSource, head: Head | None) -> str:
         """Rank 0 compares served and plain targets; the line for the summary."""
         rows = self._config.evaluate.canary_rows
         if self._rank != 0:
@@ -249,18 +253,21 @@ class StudentJob:
         dtype = process.resolve_dtype(self._config.teacher.dtype, self._device)
         vocab_size = self._setup.meaning.vocab_size
         served = served_topk(batch.cut(slice(0, rows)), self._config.target_spec(0), source, head)
-        return run_canary(batch.cut(slice(0, rows)), served, str(directory), vocab_size, dtype).line()
+        task = self._config.task
+        return run_canary(batch.cut(slice(0, rows)), served, directory, vocab_size, dtype, task).line()
 
-    def _held_out(self, corpus: Corpus) -> list[TokenBatch]:
+    def _held_out(self, corpus: RunCorpus) -> list[Batch]:
         """This rank's share of the held-out rows; every rank runs the same number of forwards."""
         data = self._config.data
-        loader = Loader(corpus.heldout, data.packing, data.row_tokens, 1, self._config.run.seed)
+        loader = make_loader(corpus.heldout, data, 1, self._config.run.seed)
         rows = _HELD_OUT_ROWS if self._topology.pipeline == 1 else 1
-        batches = loader.heldout_batches(data.heldout_tokens, rows_per_batch=rows)
+        if self._config.task != "language-modelling":
+            rows = _HELD_OUT_EXAMPLES
+        batches: list[Batch] = list(loader.heldout_batches(data.heldout_tokens, rows_per_batch=rows))
         ranks = self._topology.data
         share = batches[self._topology.data_rank(self._rank) :: ranks]
         if len(share) < -(-len(batches) // ranks):
-            share.append(_untrained(batches[0]))
+            share.append(batches[0].cut(slice(0, 1)).untrained())
         return share
 
     @torch.no_grad()
@@ -270,7 +277,8 @@ class StudentJob:
         if held_out.view is not None:
             with whole_head(self._student) as head:
                 sums = quality_sums(hidden, head, held_out.view)
-        return quality(process.sum_over_ranks(sums.to(self._device, copy=True)).cpu())
+        classes = self._config.task != "language-modelling"
+        return quality(process.sum_over_ranks(sums.to(self._device, copy=True)).cpu(), classes=classes)
 
     # ---- what stays ----
 
@@ -307,13 +315,13 @@ class StudentJob:
             self._saving.settle(limit_s)
 
     @torch.no_grad()
-    def _export(self, row: TokenBatch, save_tokenizer: Callable[[Path], None]) -> float:
+    def _export(self, row: Batch, save_reader: Callable[[Path], None]) -> float:
         """Write ``student/`` and load it back plainly where the loss is held; returns how far its logits are from the
         engine's."""
         directory = self._directory / "student"
         state = self._student.whole_state()
         if self._rank == 0:
-            write_model(self._student.model, state, directory, save_tokenizer)
+            write_model(self._student.model, state, directory, save_reader)
         process.barrier()
         hidden = self._student.hidden([row])
         # On one rank: the largest difference, and the largest logit.
@@ -322,25 +330,10 @@ class StudentJob:
             with whole_head(self._student) as head:
                 if self._topology.data_rank(self._rank) == 0:
                     ours = head.logits(hidden[0])
-                    found[0] = (ours - self._plain_logits(directory, row, ours.shape[1])).abs().max()
+                    plain = plain_logits(row, directory, ours.shape[1], self._dtype, self._config.task, self._device)
+                    found[0] = (ours - plain).abs().max()
                     found[1] = ours.abs().max()
         difference, largest = process.sum_over_ranks(found).tolist()
         if not difference <= 1e-3 + 1e-2 * largest:
             raise ModelError(f"the exported student's logits differ from the engine's by {difference:.3g}; not usable")
         return float(difference)
-
-    def _plain_logits(self, directory: Path, row: TokenBatch, vocab_size: int) -> torch.Tensor:
-        plain = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype).eval()
-        plain.to(self._device)  # type: ignore[arg-type]
-        if self._device.type == "cpu":
-            # The same roundings on both sides: what is compared is the weights, to the last bit.
-            attend_by_document(plain)
-        ids, positions, trained = flatten_batch(row, self._device)
-        logits = plain(input_ids=ids, position_ids=positions, use_cache=False).logits.flatten(0, 1)[trained]
-        return logits.float()[:, :vocab_size]
-
-
-def _untrained(batch: TokenBatch) -> TokenBatch:
-    """One row that counts for nothing, for a rank that has no rows left."""
-    row = batch.cut(slice(0, 1))
-    return TokenBatch(row.number, row.ids_RL, row.segments_RL, row.positions_RL, row.predicts_RL & False)

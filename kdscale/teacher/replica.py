@@ -5,6 +5,7 @@ Only plain values go in and out; torch and DeepSpeed load on the rank's own node
 
 import mmap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdscale import log
@@ -65,6 +66,7 @@ class TeacherRank:
         import psutil
 
         from kdscale.engine import process
+        from kdscale.engine.classifiers import pixels_of
         from kdscale.engine.settings import teacher_settings
         from kdscale.engine.sharding import InferenceModel
         from kdscale.teacher.model import TeacherModel
@@ -72,9 +74,12 @@ class TeacherRank:
         process.set_threads(setup.teacher.cpus_per_rank, deterministic=setup.deterministic)
         dtype = process.resolve_dtype(setup.teacher.dtype, self._device)
         name = str(dtype).removeprefix("torch.")
-        inference = InferenceModel(setup.directory, teacher_settings(self._member.world, name), dtype, self._device)
+        task = setup.meaning.task
+        settings = teacher_settings(self._member.world, name)
+        inference = InferenceModel(setup.directory, settings, dtype, self._device, task)
         self._setup = setup
-        self._model = TeacherModel(inference, setup.meaning.vocab_size, self._device)
+        pixels = pixels_of(Path(setup.directory), task)
+        self._model = TeacherModel(inference, setup.meaning.vocab_size, self._device, pixels)
         self._facts = {
             "parameters_held": inference.parameters_held(),
             "parameters": inference.parameters_total(),

@@ -1,6 +1,6 @@
-"""What crosses a process: token rows on the way to the teacher, soft targets on the way back.
+"""What crosses a process: rows of tokens or examples on the way to the teacher, soft targets on the way back.
 
-R = rows, L = tokens in a row, T = positions trained on (row-major order), K = kept entries, D = hidden size.
+R = rows, L = tokens (or pixels) in a row, T = positions trained on (row-major order), K = kept entries, D = hidden size.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,6 +47,20 @@ class TokenBatch:
             raise PayloadError("a position predicts across a document's end or from padding")
 
     @property
+    def inputs(self) -> np.ndarray:
+        """What a row is, [R, L]; the first of ``planes``."""
+        return self.ids_RL
+
+    @property
+    def trained(self) -> np.ndarray:
+        """bool, by position."""
+        return self.predicts_RL
+
+    def planes(self) -> tuple[np.ndarray, ...]:
+        """Everything that makes a row what it is; row by row."""
+        return self.ids_RL, self.segments_RL, self.positions_RL, self.predicts_RL
+
+    @property
     def num_rows(self) -> int:
         return int(self.ids_RL.shape[0])
 
@@ -60,6 +74,11 @@ class TokenBatch:
         """Tokens that are not padding: what a forward really reads."""
         return int(np.count_nonzero(self.segments_RL != PADDING_SEGMENT))
 
+    @property
+    def work(self) -> int:
+        """Tokens that a forward over it computes at most, padding included."""
+        return self.ids_RL.size
+
     def labels(self) -> np.ndarray:
         """The token each trained position predicts, int32 [T], in row-major order: the one place that shifts."""
         return self.ids_RL[:, 1:][self.predicts_RL[:, :-1]]
@@ -72,6 +91,102 @@ class TokenBatch:
     def rows(self) -> "list[TokenBatch]":
         """Each row as a batch of its own."""
         return [self.cut(slice(row, row + 1)) for row in range(self.num_rows)]
+
+    def untrained(self) -> "TokenBatch":
+        """The same rows, of which none counts."""
+        return replace(self, predicts_RL=np.zeros_like(self.predicts_RL))
+
+
+_PATCH_PIXELS = 256
+"""Of a patch of 16 x 16, as most vision transformers cut images."""
+
+
+@dataclass(frozen=True)
+class ExampleBatch:
+    """Texts or images, one a row, each with its class: a row is one position, and predicts the class."""
+
+    number: int
+    """The batch number ``n`` this is (or was cut from)."""
+    inputs_RL: np.ndarray
+    """Of texts int32 token ids; of images uint8 pixels, channel after channel, line after line."""
+    lengths_R: np.ndarray
+    """int32; a row's ids beyond it are padding, and hold any valid id. Images fill their rows."""
+    labels_R: np.ndarray
+    """int32 classes."""
+    trained_R: np.ndarray
+    """bool; the rows trained on."""
+
+    def __post_init__(self) -> None:
+        if self.inputs_RL.ndim != 2 or self.inputs_RL.dtype not in (np.int32, np.uint8):
+            raise PayloadError(
+                f"inputs_RL is {self.inputs_RL.dtype}{self.inputs_RL.shape}; it must be i4 (ids) or u1 (pixels) in two"
+                " dimensions"
+            )
+        for name, dtype in (("lengths_R", "i4"), ("labels_R", "i4"), ("trained_R", "?")):
+            array = getattr(self, name)
+            if array.shape != (self.num_rows,) or array.dtype != np.dtype(dtype):
+                raise PayloadError(f"{name} is {array.dtype}{array.shape}; it must be {dtype}({self.num_rows},)")
+        if self.num_rows and not 1 <= self.lengths_R.min() <= self.lengths_R.max() <= self.inputs_RL.shape[1]:
+            raise PayloadError(
+                f"lengths span {self.lengths_R.min()}..{self.lengths_R.max()}; rows hold 1 to {self.inputs_RL.shape[1]}"
+            )
+
+    @property
+    def of_images(self) -> bool:
+        return self.inputs_RL.dtype == np.uint8
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """See ``TokenBatch``."""
+        return self.inputs_RL
+
+    @property
+    def trained(self) -> np.ndarray:
+        """bool, by position."""
+        return self.trained_R
+
+    def planes(self) -> tuple[np.ndarray, ...]:
+        """See ``TokenBatch``."""
+        return self.inputs_RL, self.lengths_R, self.labels_R, self.trained_R
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.inputs_RL.shape[0])
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions trained on, T: examples."""
+        return int(self.trained_R.sum())
+
+    @property
+    def num_tokens_real(self) -> int:
+        """Tokens that are not padding; of images their number."""
+        return self.num_rows if self.of_images else int(self.lengths_R.sum())
+
+    @property
+    def work(self) -> int:
+        """About how many tokens a forward over it computes."""
+        return self.num_rows * -(-self.inputs_RL.shape[1] // (_PATCH_PIXELS if self.of_images else 1))
+
+    def labels(self) -> np.ndarray:
+        """The class of each trained row, int32 [T]."""
+        return self.labels_R[self.trained_R]
+
+    def cut(self, rows: slice) -> "ExampleBatch":
+        """The given rows, as a batch of their own."""
+        names = ("inputs_RL", "lengths_R", "labels_R", "trained_R")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+    def rows(self) -> "list[ExampleBatch]":
+        """Each row as a batch of its own."""
+        return [self.cut(slice(row, row + 1)) for row in range(self.num_rows)]
+
+    def untrained(self) -> "ExampleBatch":
+        """The same rows, of which none counts."""
+        return replace(self, trained_R=np.zeros_like(self.trained_R))
+
+
+Batch = TokenBatch | ExampleBatch
 
 
 @dataclass(frozen=True)

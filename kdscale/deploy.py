@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from kdscale.batch import HiddenTargets, TokenBatch
+from kdscale.batch import Batch, HiddenTargets
 from kdscale.config.schema import RunConfig
 from kdscale.config.sections import DataSection, GgufType
 from kdscale.data.corpus import build_corpus
@@ -17,9 +17,10 @@ from kdscale.data.loader import Loader
 from kdscale.data.tokenizer import Tokenizer, load_tokenizer
 from kdscale.durable import sync_directory, sync_file, write_durably
 from kdscale.engine.attention import attend_by_document
+from kdscale.engine.directories import load_config, resolve_model
 from kdscale.engine.gguf_file import load_gguf, own_type, require_gguf, stored_dtype, write_gguf
 from kdscale.engine.gguf_tokenizer import SAMPLE, require_same_tokens
-from kdscale.engine.models import base_hidden, head_of, load_causal_lm, load_config, resolve_model
+from kdscale.engine.models import base_hidden, head_of, load_causal_lm
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.quality import TeacherView, label_sums, quality, quality_sums
 from kdscale.head import Head
@@ -86,7 +87,7 @@ def to_gguf(
         return export_gguf(directory, out or run / f"student-{kind}.gguf", kind, rows)
 
 
-def export_gguf(directory: Path, out: Path, kind: GgufType, batches: list[TokenBatch] | None) -> GgufReport:
+def export_gguf(directory: Path, out: Path, kind: GgufType, batches: list[Batch] | None) -> GgufReport:
     """Write the model in ``directory`` as the file ``out``, with a report of the comparison on ``batches`` beside it.
 
     Without ``batches`` a line of text has to do, which tells whether the file is the model, but not what rounding costs.
@@ -129,12 +130,12 @@ def export_gguf(directory: Path, out: Path, kind: GgufType, batches: list[TokenB
     return report
 
 
-def heldout_rows(config: RunConfig) -> list[TokenBatch]:
+def heldout_rows(config: RunConfig) -> list[Batch]:
     """A run's held-out text. Raises: DataError."""
     return _rows(config.data, load_tokenizer(config.data.tokenizer or str(resolve_model(config.teacher.model))))
 
 
-def text_rows(files: list[str], directory: Path) -> list[TokenBatch]:
+def text_rows(files: list[str], directory: Path) -> list[Batch]:
     """Rows of ``files`` (as in ``data.heldout``) for the model in ``directory``. Raises: DataError."""
     with tempfile.TemporaryDirectory(prefix="kdscale-text-") as cache:
         fields = {"train": files, "heldout": files, "row_tokens": _ROW_TOKENS, "heldout_tokens": _HELDOUT_TOKENS}
@@ -143,7 +144,7 @@ def text_rows(files: list[str], directory: Path) -> list[TokenBatch]:
         return _rows(data, load_tokenizer(str(directory)))
 
 
-def sample_rows(directory: Path) -> list[TokenBatch]:
+def sample_rows(directory: Path) -> list[Batch]:
     """A row of ``SAMPLE``."""
     with tempfile.TemporaryDirectory(prefix="kdscale-text-") as scratch:
         file = Path(scratch) / "sample.txt"
@@ -151,14 +152,14 @@ def sample_rows(directory: Path) -> list[TokenBatch]:
         return text_rows([str(file)], directory)
 
 
-def _rows(data: DataSection, tokenizer: Tokenizer) -> list[TokenBatch]:
+def _rows(data: DataSection, tokenizer: Tokenizer) -> list[Batch]:
     corpus = build_corpus(data, tokenizer, lambda done, total, what: None)
     loader = Loader(corpus.heldout, data.packing, data.row_tokens, 1, 0)
-    return loader.heldout_batches(data.heldout_tokens, rows_per_batch=_ROWS)
+    return [*loader.heldout_batches(data.heldout_tokens, rows_per_batch=_ROWS)]
 
 
 @torch.no_grad()
-def _hidden(model: PreTrainedModel, batches: list[TokenBatch]) -> list[torch.Tensor]:
+def _hidden(model: PreTrainedModel, batches: list[Batch]) -> list[torch.Tensor]:
     """Final hidden states [T, D] of each batch's trained positions."""
     attend_by_document(model.eval())
     found = []
@@ -168,18 +169,18 @@ def _hidden(model: PreTrainedModel, batches: list[TokenBatch]) -> list[torch.Ten
     return found
 
 
-def _view(model: PreTrainedModel, vocab_size: int, batches: list[TokenBatch]) -> TeacherView:
+def _view(model: PreTrainedModel, vocab_size: int, batches: list[Batch]) -> TeacherView:
     """The model in the part of the teacher."""
     head, hidden = Head(*head_of(model, vocab_size)), _hidden(model, batches)
     targets = [HiddenTargets(torch.from_numpy(b.labels()), hidden_TD=h) for b, h in zip(batches, hidden, strict=True)]
-    return TeacherView(batches, targets, head, nll=float(label_sums(hidden, head, batches)[2]))
+    return TeacherView(batches, targets, head, nll=float(label_sums(hidden, head, batches)[2]), right=0)
 
 
 @torch.no_grad()
 def _against(model: PreTrainedModel, view: TeacherView) -> dict[str, Any]:
     """The figures of a report."""
     head, hidden = Head(*head_of(model, view.head.spec.vocab_size)), _hidden(model, view.batches)
-    found = quality(quality_sums(hidden, head, view))
+    found = quality(quality_sums(hidden, head, view), classes=False)
     assert found.kl is not None
     assert found.top1_agreement is not None
     assert found.perplexity_teacher is not None

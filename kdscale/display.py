@@ -98,13 +98,16 @@ def summary_table(summary: dict[str, Any]) -> Table:
         value = summary.get(key)
         return "-" if value is None else form.format(value / scale)
 
-    table = Table(title=f"{summary['name']}: {summary['steps']} steps, {summary['tokens_trained']:,} tokens")
+    unit = "token" if summary["task"] == "language-modelling" else "example"
+    table = Table(title=f"{summary['name']}: {summary['steps']} steps, {summary['tokens_trained']:,} {unit}s")
     for column in ("", "teacher", "student before", "student after"):
         table.add_column(column, justify="left" if not column else "right")
     million, mib = 1e6, 2**20
     if summary.get("kl_after") is not None:
-        table.add_row("KL to the teacher (nats/token)", "0", number("kl_before"), number("kl_after"))
+        table.add_row(f"KL to the teacher (nats/{unit})", "0", number("kl_before"), number("kl_after"))
         table.add_row("top-1 agreement", "1", number("top1_agreement_before"), number("top1_agreement_after"))
+    if summary["accuracy_after"] is not None:
+        table.add_row("accuracy", number("accuracy_teacher"), number("accuracy_before"), number("accuracy_after"))
     table.add_row(
         "perplexity",
         number("perplexity_teacher", "{:.1f}"),
@@ -119,7 +122,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
     )
     for label, key, form, scale in (
         ("on disk (MiB)", "bytes_on_disk", "{:.0f}", mib),
-        ("forward (tokens/s)", "tokens_per_second_forward", "{:.0f}", 1.0),
+        (f"forward ({unit}s/s)", "tokens_per_second_forward", "{:.0f}", 1.0),
         ("peak memory (MiB)", "peak_memory_bytes", "{:.0f}", mib),
     ):
         table.add_row(label, number(f"teacher_{key}", form, scale), "", number(f"student_{key}", form, scale))

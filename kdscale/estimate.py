@@ -12,7 +12,7 @@ from kdscale.config.schema import RunConfig
 from kdscale.config.sections import Dtype, StudentSection
 from kdscale.engine.settings import student_dtype
 
-_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+_LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class ModelFiles:
     """By tensor name."""
     vocab_size: int | None = None
     hidden_size: int | None = None
+    num_classes: int | None = None
+    """Of a classifier."""
 
     @property
     def tensors(self) -> dict[str, int] | None:
@@ -62,7 +64,9 @@ def read_model(name: str | None) -> ModelFiles:
         file_bytes=sum(file.stat().st_size for file in files) if files else None,
         shapes=shapes or None,
         vocab_size=_true_vocab(directory) or config.get("vocab_size"),
-        hidden_size=config.get("hidden_size") or config.get("n_embd"),
+        hidden_size=config.get("hidden_size") or config.get("n_embd") or config.get("dim"),
+        # transformers leaves two classes unsaid.
+        num_classes=len(config.get("id2label", "01")) if config else None,
     )
 
 

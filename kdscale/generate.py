@@ -22,12 +22,14 @@ import numpy as np
 from kdscale.cluster.security import Authority, needs_tls
 from kdscale.config.schema import RunConfig
 from kdscale.config.sections import GenerateSection
-from kdscale.data.corpus import Corpus, Split
+from kdscale.data.corpus import Split
+from kdscale.data.images import Pixels
+from kdscale.data.reading import RunCorpus
 from kdscale.data.tokenizer import Tokenizer
 from kdscale.durable import sync_directory, write_durably
+from kdscale.engine.directories import load_config
 from kdscale.engine.generation import Continuation, Prompt
-from kdscale.engine.models import load_config
-from kdscale.errors import DataError, IdentityError
+from kdscale.errors import ConfigError, DataError, IdentityError
 from kdscale.prepare import Prepared, corpus_of, prepare
 from kdscale.spec import Sampling
 from kdscale.start import Job, Stopped, place, replica_setup
@@ -42,9 +44,14 @@ def generate(job: Job, out: Path) -> None:
 
     Raises: KdscaleError, Stopped.
     """
-    config, prepared = job.config, prepare(job.config)
-    corpus = corpus_of(config, prepared, job.display.count)
-    prompts = prompts_of(corpus.train, config.generate, prepared.tokenizer.eos_id)
+    config = job.config
+    if config.task != "language-modelling":
+        raise ConfigError(f"task = {config.task}: only language models write; use task: language-modelling")
+    prepared = prepare(config)
+    tokenizer, corpus = prepared.reader, corpus_of(config, prepared, job.display.count)
+    assert isinstance(corpus.train, Split)
+    assert not isinstance(tokenizer, Pixels)
+    prompts = prompts_of(corpus.train, config.generate, tokenizer.eos_id)
     _require_room(prompts, config, prepared)
     rows = config.generate.batch_rows * config.teacher.ranks
     writing = Writing(out, provenance(config, prepared, corpus), rows, len(prompts))
@@ -64,7 +71,7 @@ def generate(job: Job, out: Path) -> None:
             stack.callback(author.kill)
             authors.put(author)
         job.display.phase("loading the teacher")
-        _write_all(job, prompts, prepared.tokenizer, authors, len(slots.teachers), writing)
+        _write_all(job, prompts, tokenizer, authors, len(slots.teachers), writing)
     job.display.close()
     print(
         f"{out}: {writing.lines} continuations of {len(prompts)} prompts; {writing.left_out} empty ones were left out"
@@ -271,7 +278,7 @@ def sampling_of(config: RunConfig) -> Sampling:
     )
 
 
-def provenance(config: RunConfig, prepared: Prepared, corpus: Corpus) -> dict[str, Any]:
+def provenance(config: RunConfig, prepared: Prepared, corpus: RunCorpus) -> dict[str, Any]:
     """All that the text follows from, but for the rounding of another machine."""
     section, meaning = config.generate, prepared.meaning
     fields = {

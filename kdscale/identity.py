@@ -22,6 +22,8 @@ from kdscale.errors import CheckpointError, ConfigError
 
 Kind = Literal["meaning", "student", "rounding", "free"]
 _KINDS: dict[str, Kind] = {
+    # Another head has other parameters.
+    "task": "student",
     "run.name": "free",
     "run.dir": "free",
     "run.seed": "meaning",
@@ -102,7 +104,7 @@ _KINDS: dict[str, Kind] = {
 """By name or by the section it stands in; the longest name that fits decides."""
 _EXPLAINED = {
     "teacher": "the files of teacher.model",
-    "tokenizer": "the tokenizer's content",
+    "tokenizer": "the content of the tokenizer, or of preprocessor_config.json",
     "corpus": "the tokenized text of data.train and data.heldout",
     "student.files": "the files of student.model",
 }

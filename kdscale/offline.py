@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 
 from kdscale.config.schema import RunConfig
-from kdscale.data.tokenizer import load_tokenizer
+from kdscale.data.reading import load_reader
 from kdscale.engine.checkpoint import verify
+from kdscale.engine.directories import resolve_model
 from kdscale.engine.export import load_checkpoint_weights, write_model
-from kdscale.engine.models import build_student, resolve_model
+from kdscale.engine.models import build_student, student_pixels
 from kdscale.errors import CheckpointError
 from kdscale.mirror import find
 
@@ -27,9 +28,9 @@ def export_checkpoint(config: RunConfig, checkpoint: str, out: Path | None) -> P
         raise CheckpointError(f"{run / 'checkpoints'} holds no checkpoint; train first, or name one with --checkpoint")
     directory = resolve_model(config.teacher.model)
     dtype = getattr(torch, found.notes.get("dtype", "float32"))
-    model = build_student(config.student, directory, dtype)
+    model = build_student(config.student, directory, dtype, config.task)
     load_checkpoint_weights(model, found)
     written = out or run / "student"
-    tokenizer = load_tokenizer(config.data.tokenizer or str(directory))
-    write_model(model, dict(model.state_dict()), written, tokenizer.save, config.export.shard_bytes)
+    reader = student_pixels(config.student, directory, config.task) or load_reader(config.task, config.data, directory)
+    write_model(model, dict(model.state_dict()), written, reader.save, config.export.shard_bytes)
     return written

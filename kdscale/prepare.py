@@ -5,14 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from kdscale import identity as identities
 from kdscale.config.schema import RunConfig
-from kdscale.data.corpus import Corpus, build_corpus
+from kdscale.data.examples import Reader
+from kdscale.data.images import Pixels
+from kdscale.data.reading import RunCorpus, load_reader, read_corpus
 from kdscale.data.tokenizer import Tokenizer, load_tokenizer
 from kdscale.data.trial import require_sound
+from kdscale.engine import classifiers
 from kdscale.engine.checkpoint import Checkpoint
+from kdscale.engine.directories import load_config, model_digest, resolve_model
 from kdscale.engine.families import require_pipeline_family
-from kdscale.engine.models import load_config, model_digest, resolve_model
+from kdscale.engine.models import classifier_config, student_pixels
 from kdscale.engine.settings import check_settings, student_dtype
 from kdscale.engine.shards import Shards
 from kdscale.errors import CheckpointError, IdentityError, ModelError
@@ -24,19 +30,23 @@ class Prepared:
     """A run's inputs, found and checked."""
 
     teacher_directory: Path
-    tokenizer: Tokenizer
+    reader: Reader
     meaning: Meaning
+    classes: tuple[str, ...] = ()
+    """Names of a classifier's classes."""
 
 
 def prepare(config: RunConfig) -> Prepared:
-    """Find the models and make sure that teacher and student read text alike.
+    """Find the models and make sure that teacher and student read text alike, or tell the same classes apart.
 
     Raises:
         ModelError: a model is missing or of an unknown kind.
-        IdentityError: another tokenizer than the teacher's.
+        IdentityError: another tokenizer than the teacher's, or classes in another order.
     """
     check_settings(config)
     directory = resolve_model(config.teacher.model)
+    if config.task != "language-modelling":
+        return _prepare_classifier(config, directory)
     require_sound(str(directory))
     teacher_tokenizer = load_tokenizer(str(directory))
     _require_same_tokenizer(config, teacher_tokenizer)
@@ -57,6 +67,43 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(directory, teacher_tokenizer, meaning)
 
 
+def _prepare_classifier(config: RunConfig, directory: Path) -> Prepared:
+    teacher = load_config(directory)
+    classifiers.require_family(config.task, teacher, f"teacher.model = {config.teacher.model}")
+    student = classifier_config(config.student, directory, config.task)
+    reader = load_reader(config.task, config.data, directory)
+    if isinstance(reader, Pixels):
+        student_pixels(config.student, directory, config.task)
+        input_size = reader.size
+    else:
+        _require_same_tokenizer(config, load_tokenizer(str(directory)))
+        input_size = reader.vocab_size
+        _require_room(config, {"teacher": teacher, "student": student}, input_size)
+    meaning = Meaning(
+        teacher=model_digest(directory),
+        tokenizer=reader.fingerprint,
+        vocab_size=classifiers.num_classes(teacher),
+        hidden_size=classifiers.head_width(teacher),
+        task=config.task,
+        input_size=input_size,
+    )
+    return Prepared(directory, reader, meaning, classifiers.class_names(teacher))
+
+
+def _require_room(config: RunConfig, models: dict[str, PretrainedConfig], num_ids: int) -> None:
+    """Raises: ModelError for a model that cannot take every id, or rows as long as the run's."""
+    for name, model in models.items():
+        if model.vocab_size < num_ids:
+            raise ModelError(
+                f"the tokenizer has {num_ids} ids, the {name} only {model.vocab_size}; they don't belong together"
+            )
+        most = getattr(model, "max_position_embeddings", config.data.row_tokens)
+        if most < config.data.row_tokens:
+            raise ModelError(
+                f"data.row_tokens = {config.data.row_tokens}: the {name} reads texts of {most} tokens at most; lower it"
+            )
+
+
 def _require_same_tokenizer(config: RunConfig, teacher: Tokenizer) -> None:
     others = {"data.tokenizer": config.data.tokenizer}
     if config.student.init == "model" and config.student.model is not None:
@@ -75,9 +122,9 @@ def _require_same_tokenizer(config: RunConfig, teacher: Tokenizer) -> None:
             )
 
 
-def corpus_of(config: RunConfig, prepared: Prepared, progress: Callable[[int, int | None, str], None]) -> Corpus:
-    """The tokenized corpus, from the cache where it was made before. Raises: DataError."""
-    return build_corpus(config.data, prepared.tokenizer, progress)
+def corpus_of(config: RunConfig, prepared: Prepared, progress: Callable[[int, int | None, str], None]) -> RunCorpus:
+    """The corpus as models read it, from the cache where it was made before. Raises: DataError."""
+    return read_corpus(config.task, config.data, prepared.reader, prepared.classes, progress)
 
 
 def run_identity(config: RunConfig, prepared: Prepared) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from kdscale.batch import TokenBatch
 from kdscale.config.schema import RunConfig
-from kdscale.data.loader import Loader
+from kdscale.data.reading import make_loader
 from kdscale.engine import process
 from kdscale.engine.models import base_hidden, build_student, head_of, load_causal_lm
 from kdscale.engine.settings import student_dtype
@@ -36,6 +36,10 @@ def probe(
     Raises:
         KdscaleError: what loading models and text raises.
     """
+    if config.task != "language-modelling":
+        raise ConfigError(
+            f"task = {config.task}: over a few classes targets.payload: dense is exact and small; nothing to probe"
+        )
     if tokens < 1:
         raise ConfigError(f"--tokens {tokens}: at least one position is needed")
     with console.status("loading models and text"):
@@ -104,8 +108,8 @@ def load_positions(config: RunConfig, tokens: int) -> tuple[Positions, float]:
     prepared = prepare(config)
     corpus = corpus_of(config, prepared, lambda done, total, what: None)
     rows = -(-tokens // (config.data.row_tokens - 1))
-    loader = Loader(corpus.train, config.data.packing, config.data.row_tokens, rows, config.run.seed)
-    batch = loader.batch(0)
+    batch = make_loader(corpus.train, config.data, rows, config.run.seed).batch(0)
+    assert isinstance(batch, TokenBatch)
     vocab_size = prepared.meaning.vocab_size
     teacher = load_causal_lm(prepared.teacher_directory, process.resolve_dtype(config.teacher.dtype, device)).to(device)  # type: ignore[arg-type]
     teacher_TD, _ = _run(teacher, batch, device, backward=False)

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from kdscale.batch import TokenBatch
+from kdscale.batch import Batch
 from kdscale.config.schema import RunConfig
-from kdscale.data.corpus import Corpus
-from kdscale.data.loader import Loader
+from kdscale.data.reading import RunCorpus, make_loader
 from kdscale.evaluate.quality import HIDDEN
 from kdscale.spec import TargetSpec
 from kdscale.stream.client import FlightSource
@@ -40,14 +39,13 @@ class Recorder:
         RecordingError: it cannot be written.
     """
 
-    def __init__(self, config: RunConfig, meaning: Meaning, corpus: Corpus, directory: Path) -> None:
+    def __init__(self, config: RunConfig, meaning: Meaning, corpus: RunCorpus, directory: Path) -> None:
         self._config, self._meaning, self._directory = config, meaning, directory
         provenance = Provenance.of(config, meaning, corpus.fingerprint)
         begin(directory, provenance)
         self._done = Recording(directory, provenance)
-        data, batch_rows = config.data, config.train.batch_rows
-        self._train = Loader(corpus.train, data.packing, data.row_tokens, batch_rows, config.run.seed)
-        self._heldout = Loader(corpus.heldout, data.packing, data.row_tokens, 1, config.run.seed)
+        self._train = make_loader(corpus.train, config.data, config.train.batch_rows, config.run.seed)
+        self._heldout = make_loader(corpus.heldout, config.data, 1, config.run.seed)
 
     def run(self, access: Access, tick: Callable[[int, int], None], stop: threading.Event) -> bool:
         """Ask for what is missing and write it; ``tick(done, total)`` is called about once a second.
@@ -70,7 +68,7 @@ class Recorder:
             tick(rows, rows)
         return whole
 
-    def _training_rows(self) -> Iterator[TokenBatch]:
+    def _training_rows(self) -> Iterator[Batch]:
         """Each row once, with the batch number it first has in training: samples are drawn by that."""
         left, number = self._train.num_rows, 0
         while left > 0:
@@ -78,14 +76,14 @@ class Recorder:
             yield from rows[:left]
             left, number = left - len(rows), number + 1
 
-    def _heldout_rows(self) -> Iterator[TokenBatch]:
+    def _heldout_rows(self) -> Iterator[Batch]:
         if self._config.evaluate.quality:
             yield from self._heldout.heldout_batches(self._config.data.heldout_tokens, rows_per_batch=1)
 
     def _part(
         self,
         name: str,
-        rows: Iterator[TokenBatch],
+        rows: Iterator[Batch],
         spec: TargetSpec,
         source: FlightSource,
         tick: Callable[[int], None],
@@ -95,7 +93,7 @@ class Recorder:
         writer = RecordingWriter(self._directory, name, spec, self._meaning, self._config.data.row_tokens)
         # A request is one row: as many rows in flight as a student of this config would have.
         ahead = self._config.stream.in_flight * self._config.train.micro_rows
-        window: deque[tuple[TokenBatch, Future[list[pa.RecordBatch]]]] = deque()
+        window: deque[tuple[Batch, Future[list[pa.RecordBatch]]]] = deque()
         done, said = 0, float("-inf")
         with ThreadPoolExecutor(ahead, thread_name_prefix="record") as pool:
             try:
@@ -119,6 +117,6 @@ class Recorder:
         return True
 
     @staticmethod
-    def _write(writer: RecordingWriter, row: TokenBatch, answer: "Future[list[pa.RecordBatch]]") -> int:
+    def _write(writer: RecordingWriter, row: Batch, answer: "Future[list[pa.RecordBatch]]") -> int:
         writer.add(row_key(row), answer.result())
         return 1

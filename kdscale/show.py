@@ -65,10 +65,10 @@ def _layout(config: RunConfig) -> Table:
 def _batches(config: RunConfig) -> Table:
     table, cut, train = _table("batches"), batch_cut(config), config.train
     table.add_row("rows per step", f"{cut.micro_rows} x {cut.micro_steps} micro-steps x {cut.data} ranks = {cut.rows}")
-    table.add_row("tokens per step", f"at most {cut.rows * config.data.row_tokens:,}")
-    table.add_row(
-        "tokens in all", f"at most {cut.rows * config.data.row_tokens * train.steps:,} in {train.steps} steps"
-    )
+    positions = cut.rows * _positions(config)
+    most, unit = ("at most ", "tokens") if config.task == "language-modelling" else ("", "examples")
+    table.add_row(f"{unit} per step", f"{most}{positions:,}")
+    table.add_row(f"{unit} in all", f"{most}{positions * train.steps:,} in {train.steps} steps")
     return table
 
 
@@ -101,16 +101,18 @@ def _stream(config: RunConfig, teacher: ModelFiles) -> Table:
     if not config.loss.soft:
         table.add_row("payload", "none: loss.hard_weight = 1 trains on labels only")
         return table
-    if teacher.vocab_size is None:
-        table.add_row("bytes per token", UNKNOWN)
+    unit = "token" if config.task == "language-modelling" else "example"
+    outcomes = teacher.vocab_size if unit == "token" else teacher.num_classes
+    if outcomes is None:
+        table.add_row(f"bytes per {unit}", UNKNOWN)
         return table
     spec = config.target_spec(0)
     if spec.payload == "hidden" and teacher.hidden_size is None:
-        table.add_row("bytes per token", UNKNOWN)
+        table.add_row(f"bytes per {unit}", UNKNOWN)
         return table
-    size = row_bytes(spec, teacher.vocab_size, teacher.hidden_size or 0)
-    per_step = size * config.train.batch_rows * config.data.row_tokens
-    in_flight = size * config.train.micro_rows * config.data.row_tokens * config.stream.in_flight
+    size = row_bytes(spec, outcomes, teacher.hidden_size or 0)
+    per_step = size * config.train.batch_rows * _positions(config)
+    in_flight = size * config.train.micro_rows * _positions(config) * config.stream.in_flight
     most = "at most " if spec.payload == "sampled" else ""
     names = {
         "topk": f"top-{spec.k} + tail",
@@ -118,12 +120,17 @@ def _stream(config: RunConfig, teacher: ModelFiles) -> Table:
         "hidden": "hidden states",
         "dense": "all",
     }
-    table.add_row("payload", f"{names[spec.payload]} as {spec.encoding}, {most}{size} bytes a token")
+    table.add_row("payload", f"{names[spec.payload]} as {spec.encoding}, {most}{size} bytes a {unit}")
     table.add_row("a step", f"at most {_size(per_step)}")
     table.add_row("in flight, per student rank", f"at most {_size(in_flight)}")
     rate = _size(size * _REFERENCE_TOKENS_PER_SECOND)
-    table.add_row(f"at {_REFERENCE_TOKENS_PER_SECOND:,} tokens/s", f"{rate}/s")
+    table.add_row(f"at {_REFERENCE_TOKENS_PER_SECOND:,} {unit}s/s", f"{rate}/s")
     return table
+
+
+def _positions(config: RunConfig) -> int:
+    """Of a row, at most."""
+    return config.data.row_tokens if config.task == "language-modelling" else 1
 
 
 def _size(size: int | None) -> str:

@@ -9,6 +9,8 @@ DivergenceName = Literal[
 DIVERGENCES: tuple[DivergenceName, ...] = get_args(DivergenceName)
 SEPARABLE: tuple[DivergenceName, ...] = DIVERGENCES[:6]
 """Sums over outcomes: these can be had over K kept entries and a tail as well."""
+Task = Literal["language-modelling", "sequence-classification", "image-classification"]
+"""What a position is: a token, or a whole text or image. What is predicted there: the next token, or the class."""
 Payload = Literal["topk", "sampled", "hidden", "dense"]
 Encoding = Literal["float16", "uint8", "uint4", "bfloat16", "int8", "float32"]
 Sampler = Literal["threshold", "replacement"]

@@ -30,7 +30,7 @@ def measure_models(
     for name, (directory, dtype, section) in todo.items():
         device = "cuda" if section.gpus_per_rank else "cpu"
         try:
-            measured[name] = measure(str(directory), dtype, section.cpus_per_rank, device, _LIMIT_S)
+            measured[name] = measure(str(directory), dtype, section.cpus_per_rank, device, _LIMIT_S, config.task)
         except ModelError as error:
             _LOG.warning("efficiency of the %s: %s", name, error)
     return measured
@@ -53,6 +53,7 @@ def make_summary(
     teacher = teacher_stats[0] if teacher_stats else {}
     summary = {
         "name": config.run.name,
+        "task": config.task,
         "steps": report["step"],
         "tokens_trained": totals["tokens"],
         "tokens_per_second": totals["tokens"] / totals["seconds"] if totals["seconds"] else None,
@@ -86,6 +87,10 @@ def make_summary(
         "perplexity_teacher": after.get("perplexity_teacher"),
         "perplexity_before": before.get("perplexity_student"),
         "perplexity_after": after.get("perplexity_student"),
+        # Of classifiers.
+        "accuracy_teacher": after.get("accuracy_teacher"),
+        "accuracy_before": before.get("accuracy_student"),
+        "accuracy_after": after.get("accuracy_student"),
         "canary": report["canary"],
         "changes_on_resume": report["changes"],
         "export_max_logit_difference": report["export_max_logit_difference"],

@@ -21,7 +21,7 @@ from kdscale.config.sections import (
     TeacherSection,
     TrainSection,
 )
-from kdscale.spec import ENCODINGS, SUPPORT, TargetSpec
+from kdscale.spec import ENCODINGS, SUPPORT, TargetSpec, Task
 
 # From a fault's deadline until the directory tells of it.
 _NOTICE_S = 2.0
@@ -30,6 +30,9 @@ _NOTICE_S = 2.0
 class RunConfig(Section):
     """A whole run."""
 
+    task: Task = Field("language-modelling")
+    """What models are for: language-modelling predicts the next token at every position of packed text; the
+    classifications predict the class of a text, or of an image, which then is the one position of its row."""
     run: RunSection = RunSection()
     """Name, place and seed."""
     data: DataSection
@@ -75,6 +78,26 @@ class RunConfig(Section):
         if targets.payload == "sampled":
             return TargetSpec("sampled", targets.k, temperature, encoding, targets.sampler, self.run.seed)
         return TargetSpec(targets.payload, targets.k if named else 0, temperature, encoding)
+
+    @model_validator(mode="after")
+    def _task(self) -> "RunConfig":
+        if self.task == "language-modelling":
+            return self
+        if (stages := self.student.parallel.pipeline) > 1:
+            raise ValueError(
+                f"student.parallel.pipeline = {stages}: a model for {self.task} cannot be cut into stages; use"
+                " student.parallel.pipeline: 1 with data ranks"
+            )
+        for name in ("packing", "loss_on", "append_eos"):
+            value, default = getattr(self.data, name), DataSection.model_fields[name].default
+            if value != default:
+                raise ValueError(
+                    f"data.{name} = {value}: {self.task} does not read it (an example is a row, as the tokenizer or image"
+                    f" processor has it); remove it, or set task: language-modelling"
+                )
+        if self.task == "image-classification" and self.data.tokenizer is not None:
+            raise ValueError(f"data.tokenizer = {self.data.tokenizer}: images have none; remove it")
+        return self
 
     @model_validator(mode="after")
     def _targets(self) -> "RunConfig":

@@ -53,15 +53,16 @@ class RunSection(Section):
 
 class DataSection(Section):
     train: list[str] = Field(min_length=1)
-    """Files, globs, Hugging Face dataset directories or hub names to train on (text, jsonl, parquet)."""
+    """Files, globs, Hugging Face dataset directories or hub names to train on (text, jsonl, parquet, Arrow). A classifier's
+    rows have ``text`` or ``image``, and ``label``."""
     heldout: list[str] = Field([])
     """The same for held-out text. Empty: every ``heldout_every``-th training document is held out."""
     heldout_every: int = Field(50, ge=2)
     """Which share of the documents is held out when ``heldout`` is empty."""
     heldout_tokens: int = Field(4096, ge=1)
-    """At most about this many held-out tokens are scored (whole rows)."""
+    """At most about this many held-out tokens are scored (whole rows); of classifiers so many examples."""
     row_tokens: int = Field(1024, ge=2)
-    """Length of a packed row, tokens."""
+    """Length of a packed row, tokens. Classifiers of text read so many tokens of each."""
     packing: Literal["isolated", "joined", "off"] = "isolated"
     """isolated: documents share rows but don't see each other; joined: they do; off: one document piece per row."""
     loss_on: Literal["completion", "all"] = "completion"

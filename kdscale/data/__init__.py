@@ -1,1 +1,1 @@
-"""Text files and a tokenizer in, packed TokenBatches out: a pure function of (corpus, config, batch number)."""
+"""Text, labelled texts or images in, batches of rows out: a pure function of (corpus, config, batch number)."""

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,17 +22,30 @@ _SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool
 _BATCH = 256
 Progress = Callable[[int, int | None, str], None]
 """(done, total or None, what)."""
+Part = TypeVar("Part")
+
+
+class Stored:
+    """Rows of an Arrow file, memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        # Batch by batch: joining them would copy the corpus into memory.
+        self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._firsts = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
+
+    def find(self, index: int) -> tuple[pa.RecordBatch, int]:
+        """The batch that holds row ``index``, and its place there."""
+        number = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        return self.batches[number], index - int(self._firsts[number])
 
 
 class Split:
     """Documents of the training or the held-out part, memory-mapped."""
 
     def __init__(self, path: Path, *, all_trained: bool) -> None:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        # Batch by batch: joining them would copy the corpus into memory.
-        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self._firsts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        lengths = [batch.column(0).value_lengths().to_numpy() for batch in self._batches]
+        self._stored = Stored(path)
+        lengths = [batch.column(0).value_lengths().to_numpy() for batch in self._stored.batches]
         self.lengths = np.concatenate([np.zeros(0, np.int64), *lengths]).astype(np.int64)
         """Tokens by document, int64."""
         self.all_trained = all_trained
@@ -42,22 +56,21 @@ class Split:
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32, trained bool) of one document."""
-        number = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        batch, row = self._batches[number], index - int(self._firsts[number])
+        batch, row = self._stored.find(index)
         ids, trained = (batch.column(name)[row].values for name in ("ids", "trained"))
         return ids.to_numpy(), trained.to_numpy(zero_copy_only=False)
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """The tokenized text of a run."""
+class Corpus(Generic[Part]):
+    """What a run is trained on and measured with, as its models read it."""
 
-    train: Split
-    heldout: Split
+    train: Part
+    heldout: Part
     fingerprint: str
 
 
-def build_corpus(data: DataSection, tokenizer: Tokenizer, progress: Progress) -> Corpus:
+def build_corpus(data: DataSection, tokenizer: Tokenizer, progress: Progress) -> Corpus[Split]:
     """Tokenize what ``data`` names, or find it in the cache.
 
     Several processes may build the same corpus at once: each writes aside, the first to finish is used.
@@ -66,13 +79,22 @@ def build_corpus(data: DataSection, tokenizer: Tokenizer, progress: Progress) ->
         DataError: missing, broken or empty text, naming file and line.
     """
     fingerprint = _fingerprint(data, tokenizer, progress)
-    directory = Path(data.cache_dir) / fingerprint[:32]
+    directory = cached(
+        Path(data.cache_dir) / fingerprint[:32], lambda staging: _write(data, tokenizer, staging, progress)
+    )
+    facts = json.loads((directory / "corpus.json").read_text())
+    train, heldout = (Split(directory / f"{name}.arrow", all_trained=facts[name]) for name in ("train", "heldout"))
+    return Corpus(train, heldout, fingerprint)
+
+
+def cached(directory: Path, write: Callable[[Path], None]) -> Path:
+    """``directory`` as ``write`` has filled it, now or before; ``corpus.json`` is what says that it is whole."""
     if not (directory / "corpus.json").is_file():
         staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         try:
-            _write(data, tokenizer, staging, progress)
+            write(staging)
             try:
                 staging.rename(directory)
             except OSError:
@@ -80,16 +102,19 @@ def build_corpus(data: DataSection, tokenizer: Tokenizer, progress: Progress) ->
                     raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    facts = json.loads((directory / "corpus.json").read_text())
-    train, heldout = (Split(directory / f"{name}.arrow", all_trained=facts[name]) for name in ("train", "heldout"))
-    return Corpus(train, heldout, fingerprint)
+    return directory
 
 
 def _fingerprint(data: DataSection, tokenizer: Tokenizer, progress: Progress) -> str:
-    digest = hashlib.sha256()
     settings = data.model_dump(include={"loss_on", "append_eos", "heldout_every"})
     opening = tokenizer.encode("")
-    digest.update(json.dumps([_VERSION, settings, tokenizer.fingerprint, *([opening] if opening else [])]).encode())
+    return fingerprint_of([_VERSION, settings, tokenizer.fingerprint, *([opening] if opening else [])], data, progress)
+
+
+def fingerprint_of(read_by: list[Any], data: DataSection, progress: Progress) -> str:
+    """Identity of what ``data`` names, together with how it is read (plain values)."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps(read_by).encode())
     for part in (data.train, data.heldout):
         sources = find_sources(part)
         for done, source in enumerate(sources, start=1):
@@ -106,12 +131,8 @@ def _write(data: DataSection, tokenizer: Tokenizer, directory: Path, progress: P
     done = 0
     for name, sources in (("train", data.train), ("heldout", data.heldout)):
         for source in find_sources(sources):
-            for number, document in enumerate(read_documents(source)):
-                del number
-                target = name
-                if name == "train" and not data.heldout and done % data.heldout_every == data.heldout_every - 1:
-                    target = "heldout"
-                writers[target].add(*_tokens(document, data, tokenizer))
+            for document in read_documents(source):
+                writers[part_of(name, done, data)].add(*_tokens(document, data, tokenizer))
                 done += 1
                 if done % 100 == 0:
                     progress(done, None, "tokenizing document")
@@ -125,6 +146,12 @@ def _write(data: DataSection, tokenizer: Tokenizer, directory: Path, progress: P
             f" {data.heldout_every}; lower it or name files in data.heldout"
         )
     (directory / "corpus.json").write_text(json.dumps(facts))
+
+
+def part_of(named: str, number: int, data: DataSection) -> str:
+    """Where row ``number`` of all goes, which stands in the files named for ``named``."""
+    every = data.heldout_every
+    return "heldout" if named == "train" and not data.heldout and number % every == every - 1 else named
 
 
 def _tokens(document: Document, data: DataSection, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

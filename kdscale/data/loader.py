@@ -10,11 +10,41 @@ from kdscale.data.packing import Packing, Row, build_row, pack
 from kdscale.errors import DataError
 
 
-class Loader:
-    """Rows of one split, shuffled by (seed, epoch), the same for every number of ranks.
+class Order:
+    """Which rows a batch takes: shuffled by (seed, epoch), the same for every number of ranks.
 
     Row ``j`` of batch ``n`` is row ``n * batch_rows + j`` of the endless sequence of epochs; each row stands once in
     every epoch, and a batch may straddle two.
+    """
+
+    def __init__(self, num_rows: int, batch_rows: int, seed: int) -> None:
+        self.num_rows = num_rows
+        self._batch_rows = batch_rows
+        self._seed = seed
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.num_rows / self._batch_rows
+
+    def of_batch(self, number: int) -> list[int]:
+        """The rows of batch ``number``, from 0, without end."""
+        first = number * self._batch_rows
+        places = (divmod(place, self.num_rows) for place in range(first, first + self._batch_rows))
+        return [int(self._permutation(epoch)[index]) for epoch, index in places]
+
+    def spread(self, most: int, rows_per_batch: int) -> list[np.ndarray]:
+        """At most ``most`` rows (at least one), spread evenly, in batches."""
+        wanted = min(self.num_rows, max(1, most))
+        chosen = np.arange(wanted) * self.num_rows // wanted
+        return [chosen[start : start + rows_per_batch] for start in range(0, wanted, rows_per_batch)]
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        return np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(self.num_rows)
+
+
+class Loader:
+    """Packed rows of one split, in the order of ``Order``.
 
     Raises:
         DataError: no row trains any token.
@@ -24,8 +54,6 @@ class Loader:
         self._split = split
         self._packing: Packing = packing
         self._row_tokens = row_tokens
-        self._batch_rows = batch_rows
-        self._seed = seed
         self._table = pack(split.lengths, row_tokens, packing)
         rows = range(len(self._table))
         self._rows = np.array(rows if split.all_trained else [r for r in rows if self._row(r).predicts.any()], np.int64)
@@ -34,36 +62,26 @@ class Loader:
                 f"no row of {row_tokens} tokens trains any token: all text is prompt, or documents are single tokens"
                 " (data.loss_on=all trains on prompts too)"
             )
-        self._permutation = lru_cache(maxsize=2)(self._permute)
+        self._order = Order(len(self._rows), batch_rows, seed)
 
     @property
     def num_rows(self) -> int:
-        return len(self._rows)
+        return self._order.num_rows
 
     @property
     def steps_per_epoch(self) -> float:
-        return self.num_rows / self._batch_rows
+        return self._order.steps_per_epoch
 
     def batch(self, number: int) -> TokenBatch:
         """Batch ``number``, from 0, without end."""
-        first = number * self._batch_rows
-        rows = []
-        for place in range(first, first + self._batch_rows):
-            epoch, index = divmod(place, self.num_rows)
-            rows.append(self._row(int(self._rows[self._permutation(epoch)[index]])))
-        return _stack(number, rows)
+        return _stack(number, [self._row(int(self._rows[index])) for index in self._order.of_batch(number)])
 
     def heldout_batches(self, max_tokens: int, rows_per_batch: int) -> list[TokenBatch]:
         """Batches of rows spread evenly over the split, about ``max_tokens`` tokens in all (at least one row)."""
-        wanted = min(self.num_rows, max(1, max_tokens // self._row_tokens))
-        chosen = self._rows[np.arange(wanted) * self.num_rows // wanted]
+        spread = self._order.spread(max_tokens // self._row_tokens, rows_per_batch)
         return [
-            _stack(number, [self._row(int(row)) for row in chosen[start : start + rows_per_batch]])
-            for number, start in enumerate(range(0, wanted, rows_per_batch))
+            _stack(number, [self._row(int(row)) for row in self._rows[chosen]]) for number, chosen in enumerate(spread)
         ]
-
-    def _permute(self, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(self.num_rows)
 
     def _row(self, row: int) -> Row:
         table = self._table

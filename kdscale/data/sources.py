@@ -1,4 +1,4 @@
-"""Files and datasets to documents: text, jsonl, parquet, Hugging Face dataset directories and hub names."""
+"""Files and datasets to rows and documents: text, jsonl, parquet, Arrow, Hugging Face dataset directories and hub names."""
 
 import glob
 import hashlib
@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 
 from kdscale.errors import DataError
 
+Row = tuple[Any, str]
+"""What a line or row holds, and its place: ``file:line`` or ``file row N``."""
 _FIELDS = "text, prompt + completion, or messages"
 
 
@@ -35,7 +37,7 @@ class Document:
 class Source:
     """A file, a dataset directory or a hub name (``NAME`` or ``NAME:SPLIT``)."""
 
-    kind: Literal["text", "jsonl", "parquet", "directory", "hub"]
+    kind: Literal["text", "jsonl", "parquet", "arrow", "directory", "hub"]
     name: str
 
 
@@ -72,6 +74,8 @@ def _file(name: str) -> Source:
             return Source("jsonl", name)
         case ".parquet":
             return Source("parquet", name)
+        case ".arrow":
+            return Source("arrow", name)
         case _:
             return Source("text", name)
 
@@ -88,19 +92,32 @@ def source_digest(source: Source) -> str:
 
 def read_documents(source: Source) -> Iterator[Document]:
     """The documents of a source, in order. Raises: DataError naming file and line."""
+    if source.kind != "text":
+        for row, place in read_rows(source):
+            yield _document(row, place)
+        return
+    text = _read_text(source.name)
+    if not text.strip():
+        raise DataError(f"{source.name} is empty")
+    yield Document("text", source.name, text)
+
+
+def read_rows(source: Source) -> Iterator[Row]:
+    """The rows of a source that has any, in order. Raises: DataError naming file and line."""
     match source.kind:
-        case "text":
-            text = _read_text(source.name)
-            if not text.strip():
-                raise DataError(f"{source.name} is empty")
-            yield Document("text", source.name, text)
         case "jsonl":
             yield from _read_jsonl(source.name)
         case "parquet":
             yield from _read_parquet(source.name)
+        case "arrow":
+            yield from _read_arrow(source.name)
         case "directory" | "hub":
-            for number, row in enumerate(_dataset(source)):
-                yield _document(row, f"{source.name} row {number}")
+            for number, row in enumerate(_undecoded(_dataset(source))):
+                yield row, f"{source.name} row {number}"
+        case "text":
+            raise DataError(
+                f"{source.name} has no rows; examples come from jsonl, parquet, Arrow or dataset directories"
+            )
 
 
 def _read_text(name: str) -> str:
@@ -112,7 +129,7 @@ def _read_text(name: str) -> str:
         raise DataError(f"cannot read {name}: {error}") from error
 
 
-def _read_jsonl(name: str) -> Iterator[Document]:
+def _read_jsonl(name: str) -> Iterator[Row]:
     empty = True
     try:
         with open(name, encoding="utf-8") as file:
@@ -124,7 +141,7 @@ def _read_jsonl(name: str) -> Iterator[Document]:
                     row = json.loads(line)
                 except ValueError as error:
                     raise DataError(f"{name}:{number}: broken JSON: {error}") from error
-                yield _document(row, f"{name}:{number}")
+                yield row, f"{name}:{number}"
     except UnicodeDecodeError as error:
         raise DataError(f"{name} is not UTF-8 text: {error}") from error
     except OSError as error:
@@ -133,7 +150,7 @@ def _read_jsonl(name: str) -> Iterator[Document]:
         raise DataError(f"{name} is empty")
 
 
-def _read_parquet(name: str) -> Iterator[Document]:
+def _read_parquet(name: str) -> Iterator[Row]:
     try:
         file = pq.ParquetFile(name)
         if not file.metadata.num_rows:
@@ -141,10 +158,37 @@ def _read_parquet(name: str) -> Iterator[Document]:
         number = 0
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
-                yield _document(row, f"{name} row {number}")
+                yield row, f"{name} row {number}"
                 number += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"cannot read {name} as parquet: {error}") from error
+
+
+def _read_arrow(name: str) -> Iterator[Row]:
+    try:
+        mapped = pa.memory_map(name)
+        try:
+            table = pa.ipc.open_file(mapped).read_all()
+        except pa.ArrowInvalid:
+            # The datasets library writes streams.
+            mapped.seek(0)
+            table = pa.ipc.open_stream(mapped).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {name} as Arrow: {error}") from error
+    if not table.num_rows:
+        raise DataError(f"{name} is empty")
+    for number, row in enumerate(row for batch in table.to_batches(max_chunksize=1024) for row in batch.to_pylist()):
+        yield row, f"{name} row {number}"
+
+
+def _undecoded(dataset: Any) -> Any:
+    """With images as they were stored."""
+    import datasets
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
 
 
 def _dataset(source: Source) -> Any:
@@ -178,14 +222,15 @@ def _document(row: Any, place: str) -> Document:
             raise DataError(f"{place}: messages is empty")
         return Document("messages", place, messages=messages)
     if row.get("prompt") is not None and row.get("completion") is not None:
-        answer, prompt = _text(row, "completion", place), _text(row, "prompt", place)
+        answer, prompt = text_of(row, "completion", place), text_of(row, "prompt", place)
         return Document("completion", place, answer, prompt, ends=_ends(row, place))
     if row.get("text") is not None:
-        return Document("text", place, _text(row, "text", place), ends=_ends(row, place))
+        return Document("text", place, text_of(row, "text", place), ends=_ends(row, place))
     raise DataError(f"{place}: none of {_FIELDS} in {', '.join(map(str, row)) or 'an empty object'}")
 
 
-def _text(row: dict[str, Any], name: str, place: str) -> str:
+def text_of(row: dict[str, Any], name: str, place: str) -> str:
+    """The text in field ``name``. Raises: DataError when it is none, or empty where it may not be."""
     value = row[name]
     if not isinstance(value, str):
         raise DataError(f"{place}: {name} is a {type(value).__name__}, it must be text")

@@ -24,8 +24,9 @@ class Tokenizer(Protocol):
     fingerprint: str
     """sha256 over everything that decides the ids."""
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, with what the tokenizer itself puts around it and nothing else."""
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        """Ids of ``text``, with what the tokenizer itself puts around it and nothing else; cut to ``most`` ids, those around
+        it included."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -89,8 +90,8 @@ class HuggingFaceTokenizer:
         described.get("model", {}).pop("vocab", None)
         return json.dumps(described, sort_keys=True)
 
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, verbose=False)["input_ids"])
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        return list(self._tokenizer(text, verbose=False, truncation=most is not None, max_length=most)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -150,8 +151,8 @@ class SentencePieceTokenizer:
         self.eos_id: int | None = eos if eos >= 0 else None
         self.fingerprint = hashlib.sha256(raw).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        return list(self._processor.EncodeAsIds(text))
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        return list(self._processor.EncodeAsIds(text))[:most]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._processor.DecodeIds([int(one) for one in ids]))

@@ -40,20 +40,23 @@ def write_model(
     model: PreTrainedModel,
     state: dict[str, torch.Tensor],
     directory: Path,
-    save_tokenizer: Callable[[Path], None],
+    save_reader: Callable[[Path], None],
     shard_bytes: int,
 ) -> None:
-    """Write config, tokenizer and safetensors (adapters merged) of at most ``shard_bytes`` each aside, then put them in place
-    of ``directory``; what stood there goes when they have its name."""
+    """Write config, what inputs are read by and safetensors (adapters merged) of at most ``shard_bytes`` each aside, then put
+    them in place of ``directory``; what stood there goes when they have its name."""
     staging, old = (directory.with_name(f".{directory.name}.{what}") for what in ("partial", "old"))
     for left in (staging, old):
         shutil.rmtree(left, ignore_errors=True)
     staging.mkdir(parents=True)
     # Students run with their cache on; it is only training that has no use for it.
-    model.config.use_cache = True
+    cached = hasattr(model.config, "use_cache")
+    if cached:
+        model.config.use_cache = True
     model.save_pretrained(staging, state_dict=merged(model, state), max_shard_size=shard_bytes)
-    model.config.use_cache = False
-    save_tokenizer(staging)
+    if cached:
+        model.config.use_cache = False
+    save_reader(staging)
     if directory.exists():
         directory.rename(old)
     staging.rename(directory)

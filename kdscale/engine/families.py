@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from kdscale.config.sections import StudentSection
-from kdscale.engine.models import load_config, resolve_model
+from kdscale.engine.directories import load_config, resolve_model
 from kdscale.errors import ModelError
 
 Activations = tuple[torch.Tensor, torch.Tensor]

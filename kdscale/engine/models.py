@@ -1,186 +1,116 @@
-"""Causal language models: found, loaded, cut from a teacher's layers, and taken apart into base and head."""
+"""Language models and classifiers: found, loaded, cut from a teacher's layers, and taken apart into base and head."""
 
-import hashlib
-import json
 import re
-import socket
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from kdscale.config.sections import StudentSection
+from kdscale.data.images import Pixels
+from kdscale.engine import classifiers
 from kdscale.engine.attention import attend_by_document
+from kdscale.engine.directories import load_config, resolve_model, weight_files
 from kdscale.engine.lora import add_adapters
-from kdscale.errors import IdentityError, ModelError
+from kdscale.errors import ModelError
 from kdscale.head import HeadSpec, head_logits
-from kdscale.storage import fetch, is_url, model_cache
+from kdscale.spec import Task
 
 # A rank's log is no terminal.
 disable_progress_bar()
 
-_MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-_LAYER = re.compile(r"(\.(?:layers|h|blocks)\.)(\d+)(?=\.)")
+_LAYER = re.compile(r"(\.(?:layers|layer|h|blocks)\.)(\d+)(?=\.)")
 
 
-def resolve_model(name: str) -> Path:
-    """The local directory of a model: ``name`` itself, or this node's copy of the one at a URL or of the hub's model of that
-    name.
-
-    Raises:
-        ModelError: no such directory, and the hub does not give it; or its weights are not in safetensors files of its own.
-        StorageError: the URL cannot be read.
-    """
-    if is_url(name):
-        path = fetch(name, model_cache(), _part_of_model)
-        _weight_files(path)
-        return path
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{name} holds no config.json; give a Hugging Face model directory")
-        _weight_files(path)
-        return path
-    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise ModelError(f"{name} is not a directory; give a Hugging Face model directory or a hub name")
-    try:
-        path = Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(
-            f"{name} is neither a local directory nor a model the hub gives: {str(error).splitlines()[0]}; check the"
-            " name, or download the model and give its directory"
-        ) from error
-    _weight_files(path)
-    return path
-
-
-def _weight_files(directory: Path) -> list[str]:
-    """Names of the safetensors files that hold a model's weights.
-
-    Raises: ModelError for weights in another format (a pickle runs code when it is read), and for files elsewhere.
-    """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"{index} is no index of safetensors files: {error!r}; take it from its source again"
-            ) from error
-    elif (directory / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    else:
-        others = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(kind))
-        found = f"; {', '.join(others[:3])} may be pickles, which run code when they are read" if others else ""
-        raise ModelError(
-            f"{directory} holds no model.safetensors and no index{found}; convert its weights to safetensors where you trust"
-            " them (model.save_pretrained)"
-        )
-    for file in files:
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ModelError(f"{index} names {file!r}; weights must be safetensors files in {directory} itself")
-    return files
-
-
-def _part_of_model(name: str) -> bool:
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in _MODEL_FILES)
-
-
-def model_here(directory: Path, name: str, digest: str) -> Path:
-    """The model ``name``, which another node found in ``directory``, on this node: there too, or fetched.
-
-    Raises:
-        ModelError: it is not here, and ``name`` is a path.
-        StorageError: its URL cannot be read.
-        IdentityError: what is here is another model than that of ``digest``.
-    """
-    if not (directory / "config.json").is_file():
-        if not is_url(name) and Path(name).is_absolute():
-            raise ModelError(
-                f"node {socket.gethostname()} has no model in {directory}: put it there, or on storage that all nodes with"
-                " ranks see, or name it by a URL (file://, s3://, ...), from where each node fetches it"
-            )
-        directory = resolve_model(name)
-    if (found := model_digest(directory)) != digest:
-        raise IdentityError(
-            f"node {socket.gethostname()}: the model in {directory} is another one ({found}) than the run's {name} ({digest});"
-            " put the same files on all nodes"
-        )
-    return directory
-
-
-def model_digest(directory: Path) -> str:
-    """Identity of a model directory: its config and what its safetensors headers say of names, shapes and places.
-
-    Reading all weights would take minutes for a large teacher; names, shapes and samples stand for them.
-    """
-    digest = hashlib.sha256()
-    config = json.loads((directory / "config.json").read_text())
-    for volatile in ("transformers_version", "_name_or_path", "use_cache"):
-        config.pop(volatile, None)
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            digest.update(path.name.encode() + file.read(min(size, 100 << 20)))
-            # A fine-tuned model has the same header: a sample of the weights tells them apart.
-            for place in range(8):
-                file.seek(8 + size + (path.stat().st_size - 8 - size) * place // 8)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:32]
-
-
-def load_config(directory: str | Path) -> PretrainedConfig:
-    """Raises: ModelError for a config transformers does not know (remote code is never run)."""
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise ModelError(f"{directory}/config.json is not usable: {error}") from error
+_AUTO: dict[Task, Any] = {"language-modelling": AutoModelForCausalLM, **classifiers.AUTO}
 
 
 def load_causal_lm(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A pretrained language model from safetensors. Raises: ModelError."""
+    return load_model(directory, dtype, "language-modelling")
+
+
+def load_model(directory: str | Path, dtype: torch.dtype, task: Task) -> PreTrainedModel:
     """A pretrained model from safetensors. Raises: ModelError."""
+    if task != "language-modelling":
+        classifiers.require_family(task, load_config(directory), str(directory))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        model, info = _AUTO[task].from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (ValueError, KeyError, OSError, SafetensorError) as error:
-        raise ModelError(f"{directory} cannot be loaded as a causal language model: {error}") from error
-    model.config.use_cache = False
+        raise ModelError(f"{directory} cannot be loaded for {task}: {error}") from error
+    if task != "language-modelling" and info["missing_keys"]:
+        # transformers would draw a head at random, and go on.
+        raise ModelError(
+            f"{directory} holds no classifier: {sorted(info['missing_keys'])[:3]} are missing; fine-tune it first"
+        )
+    _without_cache(model)
     return model
 
 
-def build_student(student: StudentSection, teacher_directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _without_cache(model: PreTrainedModel) -> None:
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+
+
+def build_student(
+    student: StudentSection, teacher_directory: Path, dtype: torch.dtype, task: Task = "language-modelling"
+) -> PreTrainedModel:
     """The student, whole and in host memory; sharding comes later, from outside.
 
     Fresh weights are drawn plainly (``zero.Init`` with transformers 5 draws others), so the caller's seed decides them.
     """
+    config = None if task == "language-modelling" else classifier_config(student, teacher_directory, task)
     match student.init:
         case "teacher_layers":
             assert student.layers is not None
-            model = from_teacher_layers(teacher_directory, student.layers, dtype)
+            model = from_teacher_layers(teacher_directory, student.layers, dtype, task)
         case "model":
             assert student.model is not None
-            model = load_causal_lm(resolve_model(student.model), dtype)
+            model = load_model(resolve_model(student.model), dtype, task)
+        case "config" if config is not None:
+            model = _AUTO[task].from_config(config, dtype=dtype)
         case "config":
             assert student.config is not None
             model = from_fields(student.config, dtype)
-    model.config.use_cache = False
-    if not student.gpus_per_rank:
+    _without_cache(model)
+    if not student.gpus_per_rank and config is None:
         attend_by_document(model)
     if student.lora is not None:
         add_adapters(model, student.lora, dtype)
     freeze(model, student.freeze)
-    require_known_head(model)
+    if config is None:
+        require_known_head(model)
     return model
+
+
+def classifier_config(student: StudentSection, teacher_directory: Path, task: Task) -> PretrainedConfig:
+    """What a classifying student will be, before any weight is read. Raises: ModelError, IdentityError."""
+    teacher = load_config(teacher_directory)
+    own = None
+    match student.init:
+        case "teacher_layers":
+            own = teacher
+        case "model":
+            assert student.model is not None
+            own = load_config(resolve_model(student.model))
+    config = classifiers.student_config(student, own, teacher)
+    classifiers.require_family(task, config, f"student.init = {student.init}")
+    return config
+
+
+def student_pixels(student: StudentSection, teacher_directory: Path, task: Task) -> Pixels | None:
+    """How the student reads images; none where it reads text. Raises: ModelError."""
+    if task != "image-classification":
+        return None
+    own = resolve_model(student.model) if student.init == "model" and student.model is not None else teacher_directory
+    return Pixels.load(own, settings_of=teacher_directory)
 
 
 def from_fields(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
@@ -194,7 +124,9 @@ def from_fields(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
         raise ModelError(f"student.config is not a causal language model's: {error}") from error
 
 
-def from_teacher_layers(directory: Path, layers: list[int], dtype: torch.dtype) -> PreTrainedModel:
+def from_teacher_layers(
+    directory: Path, layers: list[int], dtype: torch.dtype, task: Task = "language-modelling"
+) -> PreTrainedModel:
     """A model of the teacher's chosen layers, embeddings and head; reads only the tensors it needs.
 
     Raises:
@@ -208,13 +140,15 @@ def from_teacher_layers(directory: Path, layers: list[int], dtype: torch.dtype) 
     text.num_hidden_layers = len(layers)
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[layer] for layer in layers]
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model = _AUTO[task].from_config(config, dtype=dtype, trust_remote_code=False)
     # A student layer may appear twice in the teacher's numbering only if the user listed it twice.
     targets: dict[int, list[int]] = {}
     for new, old in enumerate(layers):
         targets.setdefault(old, []).append(new)
     state: dict[str, torch.Tensor] = {}
-    for name, read in _stored_tensors(directory):
+    # Classifiers lie on disk under other names than in the model; they are small enough to be loaded whole.
+    stored = _stored_tensors(directory) if task == "language-modelling" else _loaded_tensors(directory, dtype, task)
+    for name, read in stored:
         found = _LAYER.search(name)
         if found is None:
             state[name] = read().to(dtype)
@@ -235,7 +169,7 @@ def from_teacher_layers(directory: Path, layers: list[int], dtype: torch.dtype) 
 
 def _stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
     """(name, reader) of every tensor in a safetensors directory; nothing is read until the reader is called."""
-    files = _weight_files(directory)
+    files = weight_files(directory)
     for file in files:
         try:
             with safe_open(directory / file, framework="pt") as stored:
@@ -243,6 +177,12 @@ def _stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
                     yield name, lambda stored=stored, name=name: stored.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{directory / file} cannot be read: {error}") from error
+
+
+def _loaded_tensors(directory: Path, dtype: torch.dtype, task: Task) -> Iterator[tuple[str, Any]]:
+    """(name, reader) of every parameter of a model."""
+    for name, parameter in load_model(directory, dtype, task).state_dict().items():
+        yield name, lambda parameter=parameter: parameter
 
 
 def freeze(model: nn.Module, patterns: list[str]) -> None:
@@ -260,16 +200,32 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
 # ---- base and head ----
 
 
+def head_module(model: PreTrainedModel) -> Any:
+    """The last linear layer: of a language model over the vocabulary, of a classifier over the classes. None: there is none."""
+    return classifiers.class_head(model) if classifiers.is_classifier(model) else model.get_output_embeddings()
+
+
+def set_head(model: PreTrainedModel, head: nn.Module) -> None:
+    if classifiers.is_classifier(model):
+        classifiers.set_class_head(model, head)
+    else:
+        model.set_output_embeddings(head)
+
+
 def head_of(model: PreTrainedModel, vocab_size: int) -> tuple[nn.Parameter, nn.Parameter | None, HeadSpec]:
     """Weight, bias and spec of the model's head over a true vocabulary of ``vocab_size``.
 
     Raises:
         ModelError: no head, or fewer rows than the vocabulary.
     """
-    module = model.get_output_embeddings()
+    module = head_module(model)
     if module is None:
         raise ModelError(f"{type(model).__name__} has no output embeddings; kdscale distils causal language models")
     rows = getattr(module.weight, "ds_shape", module.weight.shape)[0]
+    if classifiers.is_classifier(model):
+        if rows != vocab_size:
+            raise ModelError(f"{vocab_size} classes are wanted, and the model's head tells {rows} apart")
+        return module.weight, getattr(module, "bias", None), classifiers.class_spec(vocab_size)
     if rows < vocab_size:
         raise ModelError(
             f"the tokenizer has {vocab_size} ids, the model's head only {rows} rows; they don't belong together"
@@ -291,6 +247,16 @@ def base_hidden(model: PreTrainedModel, ids_RL: torch.Tensor, positions_RL: torc
         input_ids=ids_RL, position_ids=positions_RL, attention_mask=None, use_cache=False, return_dict=False
     )[0]
     return hidden
+
+
+def hidden_states(
+    model: PreTrainedModel, inputs_RL: torch.Tensor, beside: torch.Tensor, pixels: Pixels | None = None
+) -> torch.Tensor:
+    """The head's input at every position, row after row, [N, D]: of a language model (``beside``: positions [R, L]) at every
+    token, of a classifier whose head passes it on (``beside``: lengths [R]) of every row."""
+    if classifiers.is_classifier(model):
+        return classifiers.pooled(model, inputs_RL, beside, pixels)
+    return base_hidden(model, inputs_RL, beside).flatten(0, 1)
 
 
 @torch.no_grad()

@@ -11,17 +11,25 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from kdscale.engine.attention import attend_by_document
-from kdscale.engine.models import load_causal_lm
+from kdscale.engine.models import load_model
+from kdscale.spec import Task
 
 
 class InferenceModel:
-    """A causal language model over the ranks of this process group, by ZeRO-3 where there are several."""
+    """A language model or classifier over the ranks of this process group, by ZeRO-3 where there are several."""
 
-    def __init__(self, directory: str, settings: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        directory: str,
+        settings: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        task: Task = "language-modelling",
+    ) -> None:
         # transformers shards while it loads if this object lives; it must also outlive the model.
         self._keep_alive = HfDeepSpeedConfig(settings) if settings["zero_optimization"]["stage"] == 3 else None
-        model = load_causal_lm(directory, dtype)
-        if device.type == "cpu":
+        model = load_model(directory, dtype, task)
+        if device.type == "cpu" and task == "language-modelling":
             attend_by_document(model)
         self.model: PreTrainedModel = model if self._keep_alive else model.to(device)  # type: ignore[arg-type]
         self.model.eval()

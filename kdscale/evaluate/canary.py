@@ -1,14 +1,16 @@
 """Served == local: what the teacher serves is what a plain forward of the same files gives. Checked before step 1."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from kdscale.batch import PADDING_SEGMENT, DenseTargets, HiddenTargets, SoftTargets, TokenBatch, TopkTargets
+from kdscale.batch import PADDING_SEGMENT, Batch, DenseTargets, ExampleBatch, HiddenTargets, SoftTargets, TopkTargets
 from kdscale.engine.models import load_causal_lm
 from kdscale.errors import CanaryError
+from kdscale.evaluate.plain import plain_logits
 from kdscale.head import Head
-from kdscale.spec import TargetSpec
+from kdscale.spec import TargetSpec, Task
 from kdscale.stream.prefetch import check_alignment
 from kdscale.stream.source import TargetSource
 from kdscale.targets.payloads import make_targets, targets_of_logits
@@ -19,6 +21,8 @@ _TOLERANCE = {torch.float32: (0.02, 0.004), torch.bfloat16: (1.0, 0.15)}
 _ENTRIES = 64
 _PROBABLE = -6.0
 """Entries likelier than e^-6 are compared; the others are all noise in bfloat16."""
+_MANY = 20
+"""Of fewer positions (examples), one near tie would decide on the top-1 agreement."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,12 @@ class CanaryReport:
 
     def line(self) -> str:
         return (
-            f"ok: {self.num_tokens} tokens, top-1 agreement {self.top1_agreement:.4f}, log-probabilities within"
+            f"ok: {self.num_tokens} positions, top-1 agreement {self.top1_agreement:.4f}, log-probabilities within"
             f" {self.max_logp_difference:.1e}, {self.mean_logp_difference:.1e} on average"
         )
 
 
-def served_topk(batch: TokenBatch, spec: TargetSpec, source: TargetSource, head: Head | None) -> TopkTargets:
+def served_topk(batch: Batch, spec: TargetSpec, source: TargetSource, head: Head | None) -> TopkTargets:
     """The served teacher's likeliest tokens on ``batch``, by the payload that ``spec`` names where it tells them.
 
     ``head`` is the teacher's, fetched over the stream: needed for hidden states. Samples tell no log-probabilities, so the
@@ -66,24 +70,27 @@ def _topk(targets: SoftTargets) -> TopkTargets:
 
 
 def run_canary(
-    batch: TokenBatch, served: TopkTargets, teacher_directory: str, vocab_size: int, dtype: torch.dtype
+    batch: Batch, served: TopkTargets, directory: Path, vocab_size: int, dtype: torch.dtype, task: Task
 ) -> CanaryReport:
-    """Compare served targets of ``batch`` with transformers' own forward, one document at a time.
+    """Compare served targets of ``batch`` with transformers' own forward, one document or example at a time.
 
     Raises:
         CanaryError: they differ; training on such targets would silently teach something else.
     """
-    return compare(served, plain_logp(batch, teacher_directory, vocab_size, dtype, served.temperature), dtype)
+    return compare(served, plain_logp(batch, directory, vocab_size, dtype, served.temperature, task), dtype)
 
 
 @torch.no_grad()
 def plain_logp(
-    batch: TokenBatch, directory: str, vocab_size: int, dtype: torch.dtype, temperature: float
+    batch: Batch, directory: Path, vocab_size: int, dtype: torch.dtype, temperature: float, task: Task
 ) -> torch.Tensor:
     """Log-probabilities [T, V] of a plain, unsharded model that reads each packed document alone.
 
     Phantom rows of a padded embedding are left out, as they are by the served teacher.
     """
+    if isinstance(batch, ExampleBatch):
+        logits_TV = plain_logits(batch, directory, vocab_size, dtype, task, torch.device("cpu"))
+        return torch.log_softmax(logits_TV / temperature, dim=-1)
     model = load_causal_lm(directory, dtype).eval()
     rows = []
     for row in range(batch.num_rows):
@@ -104,7 +111,7 @@ def compare(served: TopkTargets, plain_TV: torch.Tensor, dtype: torch.dtype) -> 
     most, most_mean = _TOLERANCE[dtype]
     agreement = float((plain_TV.argmax(-1) == served.ids_TK[:, 0]).double().mean())
     report = CanaryReport(len(served), worst, mean, agreement)
-    if not (worst <= most and mean <= most_mean) or agreement < 0.9:
+    if not (worst <= most and mean <= most_mean) or (agreement < 0.9 and len(served) >= _MANY):
         raise CanaryError(
             f"the served teacher differs from a plain forward of the same files: log-probabilities by up to {worst:.3g}"
             f" (allowed {most:g}), {mean:.3g} on average (allowed {most_mean:g}), top-1 agreement {agreement:.3f}. Likely causes:"

@@ -1,16 +1,15 @@
-"""How near a student is to its teacher on held-out text: pure functions over (batches, scorer, source).
+"""How near a student is to its teacher on held-out text or examples: pure functions over (batches, scorer, source).
 
 Exact over the full vocabulary: the teacher's hidden states come over the stream, its head is held beside.
 T = positions, V = true vocabulary, D = hidden size.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
-from kdscale.batch import HiddenTargets, TokenBatch
+from kdscale.batch import Batch, ExampleBatch, HiddenTargets
 from kdscale.head import Head
 from kdscale.losses.divergence import Divergence
 from kdscale.losses.fused import STATS, fused_loss
@@ -21,15 +20,13 @@ from kdscale.stream.source import TargetSource
 
 CHUNK_BYTES = 64 << 20
 HIDDEN = TargetSpec(payload="hidden", encoding="bfloat16")
-NO_SUMS = torch.zeros(5, dtype=torch.float64)
+NO_SUMS = torch.zeros(7, dtype=torch.float64)
 """What a rank adds that has measured nothing; see ``quality_sums``."""
-Scorer = Callable[[TokenBatch], torch.Tensor]
-"""A batch's final hidden states at its trained positions, [T, D]."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Means over held-out tokens, at temperature 1; KL(teacher ‖ student) in nats. What needs a teacher is ``None`` where
+    """Means over held-out positions, at temperature 1; KL(teacher ‖ student) in nats. What needs a teacher is ``None`` where
     there is none."""
 
     num_tokens: int
@@ -37,6 +34,9 @@ class Quality:
     top1_agreement: float | None
     perplexity_student: float
     perplexity_teacher: float | None
+    accuracy_student: float | None = None
+    """Of classifiers: the share of examples whose likeliest class is their label."""
+    accuracy_teacher: float | None = None
 
     def as_dict(self) -> dict[str, float | None]:
         return asdict(self)
@@ -46,16 +46,18 @@ class Quality:
 class TeacherView:
     """The teacher's side of the held-out text, fetched once and used before and after."""
 
-    batches: list[TokenBatch]
+    batches: list[Batch]
     targets: list[HiddenTargets]
     head: Head
     nll: float
     """Sum of the teacher's negative log-likelihood of the labels, nats."""
+    right: int
+    """How many labels a classifying teacher finds likeliest."""
 
 
 @torch.no_grad()
 def teacher_view(
-    batches: list[TokenBatch], source: TargetSource, head: Head, in_flight: int, device: torch.device
+    batches: list[Batch], source: TargetSource, head: Head, in_flight: int, device: torch.device
 ) -> TeacherView:
     """Ask the served teacher for its hidden states on ``batches``; ``head`` is its head.
 
@@ -70,7 +72,17 @@ def teacher_view(
     head = head.to(device)
     targets = [one.each(lambda tensor: tensor.to(device)) for one in fetched if isinstance(one, HiddenTargets)]
     nll = sum(float(_scored(one.hidden_TD, head, one.labels_T, None, None)[0]) for one in targets)
-    return TeacherView(batches, targets, head, nll)
+    return TeacherView(batches, targets, head, nll, _right(batches, [one.hidden_TD for one in targets], head))
+
+
+def _right(batches: list[Batch], hidden: list[torch.Tensor], head: Head) -> int:
+    """Examples whose label the head finds likeliest; of tokens, whose logits are many, none is looked at."""
+    right = 0
+    for batch, hidden_TD in zip(batches, hidden, strict=True):
+        if isinstance(batch, ExampleBatch) and len(hidden_TD):
+            labels_T = torch.from_numpy(batch.labels()).to(hidden_TD.device)
+            right += int((head.logits(hidden_TD).argmax(-1) == labels_T).sum())
+    return right
 
 
 def _scored(
@@ -91,9 +103,11 @@ def _scored(
 
 @torch.no_grad()
 def quality_sums(student_hidden: list[torch.Tensor], student_head: Head, view: TeacherView) -> torch.Tensor:
-    """float64 sums [KL, agreements, student's and teacher's negative log-likelihood, tokens], to be added over ranks."""
+    """float64 sums [KL, agreements, student's and teacher's negative log-likelihood, positions, student's and teacher's right
+    classes], to be added over ranks."""
     sums = NO_SUMS.clone()
     sums[3] = view.nll
+    sums[5], sums[6] = _right(view.batches, student_hidden, student_head), view.right
     for hidden_TD, targets in zip(student_hidden, view.targets, strict=True):
         stats = dict(zip(STATS, _scored(hidden_TD, student_head, targets.labels_T, targets, view.head)[1], strict=True))
         for index, name in ((0, "kl"), (1, "top1_agree"), (2, "hard"), (4, "count")):
@@ -102,23 +116,27 @@ def quality_sums(student_hidden: list[torch.Tensor], student_head: Head, view: T
 
 
 @torch.no_grad()
-def label_sums(hidden: list[torch.Tensor], head: Head, batches: list[TokenBatch]) -> torch.Tensor:
+def label_sums(hidden: list[torch.Tensor], head: Head, batches: list[Batch]) -> torch.Tensor:
     """``quality_sums`` without a teacher: of a student's hidden states on ``batches`` and its head, what labels tell."""
     sums = NO_SUMS.clone()
     for hidden_TD, batch in zip(hidden, batches, strict=True):
         labels_T = torch.from_numpy(batch.labels()).to(hidden_TD.device)
         sums[2] += _scored(hidden_TD, head, labels_T, None, None)[0].double().cpu()
         sums[4] += len(labels_T)
+    sums[5] = _right(batches, hidden, head)
     return sums
 
 
-def quality(sums: torch.Tensor, *, teacher: bool = True) -> Quality:
-    """The means that sums over all ranks amount to; with or without those that need a ``teacher``."""
-    kl, agree, student_nll, teacher_nll, tokens = sums.tolist()
+def quality(sums: torch.Tensor, *, classes: bool, teacher: bool = True) -> Quality:
+    """The means that sums over all ranks amount to, with or without those that need a ``teacher``; ``classes``: positions are
+    examples."""
+    kl, agree, student_nll, teacher_nll, tokens, right, teacher_right = sums.tolist()
     return Quality(
         num_tokens=int(tokens),
         kl=kl / tokens if teacher else None,
         top1_agreement=agree / tokens if teacher else None,
         perplexity_student=float(np.exp(student_nll / tokens)),
         perplexity_teacher=float(np.exp(teacher_nll / tokens)) if teacher else None,
+        accuracy_student=right / tokens if classes else None,
+        accuracy_teacher=teacher_right / tokens if classes and teacher else None,
     )

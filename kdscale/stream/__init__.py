@@ -1,1 +1,1 @@
-"""A TokenBatch in, its soft targets out, over Arrow Flight from whichever teacher rank is free."""
+"""A batch in, its soft targets out, over Arrow Flight from whichever teacher rank is free."""

@@ -12,7 +12,7 @@ import tenacity
 import xxhash
 
 from kdscale import log
-from kdscale.batch import SoftTargets, TokenBatch
+from kdscale.batch import Batch, SoftTargets
 from kdscale.config.sections import StreamSection
 from kdscale.errors import IdentityError, PayloadError, StreamError
 from kdscale.head import Head
@@ -57,7 +57,7 @@ class FlightSource:
 
     # ---- the contract ----
 
-    def fetch(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
+    def fetch(self, batch: Batch, spec: TargetSpec) -> SoftTargets:
         if self.by_row and batch.num_rows > 1:
             return SoftTargets.join([self.fetch(row, spec) for row in batch.rows()])
 
@@ -72,15 +72,15 @@ class FlightSource:
 
         return self._request(batch, spec, receive)
 
-    def fetch_batches(self, batch: TokenBatch, spec: TargetSpec) -> list[pa.RecordBatch]:
+    def fetch_batches(self, batch: Batch, spec: TargetSpec) -> list[pa.RecordBatch]:
         """The verified record batches of an answer, as they travelled."""
         return self._request(batch, spec, lambda line, header: self._exchange(line, header, batch))
 
-    def _request(self, batch: TokenBatch, spec: TargetSpec, receive: Callable[[Line, Header], Answer]) -> Answer:
+    def _request(self, batch: Batch, spec: TargetSpec, receive: Callable[[Line, Header], Answer]) -> Answer:
         with self._lock:
             self._sequence += 1
             request = f"{self._who}-{batch.number}-{self._sequence}"
-        header = Header(request, spec, self._meaning, batch.ids_RL.shape[1], batch.number)
+        header = Header(request, spec, self._meaning, batch.inputs.shape[1], batch.number)
         return self._retrying(request, batch.num_tokens_real, lambda line: receive(line, header))
 
     def fetch_head(self) -> Head:
@@ -180,7 +180,7 @@ class FlightSource:
 
     # ---- one attempt ----
 
-    def _exchange(self, line: Line, header: Header, batch: TokenBatch) -> list[pa.RecordBatch]:
+    def _exchange(self, line: Line, header: Header, batch: Batch) -> list[pa.RecordBatch]:
         descriptor = fl.FlightDescriptor.for_command(header.dump(self._access.token))
         writer, reader = line.client.do_exchange(descriptor)
         watch = self._watchdog.watch(reader, line.endpoint)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdscale.batch import SoftTargets, TokenBatch
+from kdscale.batch import Batch, SoftTargets
 from kdscale.errors import StreamError
 from kdscale.head import Head
 from kdscale.spec import TargetSpec
@@ -49,7 +49,7 @@ class Filling:
         self._stats: list[dict[str, Any]] | None = None
         self.received: dict[str, Received] = live.received
 
-    def fetch(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
+    def fetch(self, batch: Batch, spec: TargetSpec) -> SoftTargets:
         if spec not in self._writers:
             return self._live.fetch(batch, spec)
         if all(self._recording.holds(row, spec) for row in batch.rows()):
@@ -58,7 +58,7 @@ class Filling:
         asked = batch.rows() if self._live.by_row else [batch]
         return SoftTargets.join([self._ask(one, spec) for one in asked])
 
-    def _ask(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
+    def _ask(self, batch: Batch, spec: TargetSpec) -> SoftTargets:
         with self._changed:
             if self._stats is not None:
                 raise StreamError(f"batch {batch.number} has rows that were not recorded, and the teacher was let go")
@@ -75,7 +75,7 @@ class Filling:
                 self._asking -= 1
                 self._changed.notify_all()
 
-    def _keep(self, batch: TokenBatch, spec: TargetSpec, answer: pa.RecordBatch) -> None:
+    def _keep(self, batch: Batch, spec: TargetSpec, answer: pa.RecordBatch) -> None:
         start = 0
         for row in batch.rows():
             key, positions = row_key(row), row.num_tokens
@@ -92,7 +92,7 @@ class Filling:
             for writer in self._writers.values():
                 writer.flush()
 
-    def lacks(self, rows: Iterable[tuple[TokenBatch, TargetSpec]]) -> int:
+    def lacks(self, rows: Iterable[tuple[Batch, TargetSpec]]) -> int:
         """How many of ``rows`` no finished shard of any rank holds."""
         self._recording.refresh()
         return sum(not self._recording.holds(row, spec) for row, spec in rows)

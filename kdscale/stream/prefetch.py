@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from kdscale.batch import SoftTargets, TokenBatch
+from kdscale.batch import Batch, SoftTargets
 from kdscale.errors import CoverageError, StreamError
 from kdscale.spec import TargetSpec
 from kdscale.stream.source import TargetSource
@@ -17,7 +17,7 @@ from kdscale.stream.source import TargetSource
 class Fetched:
     """A batch with its targets, and how long the trainer stood waiting for them."""
 
-    batch: TokenBatch
+    batch: Batch
     targets: SoftTargets
     waited_s: float
 
@@ -30,12 +30,12 @@ class Prefetcher:
     nothing is asked for beyond it.
     """
 
-    def __init__(self, source: TargetSource, requests: Iterator[tuple[TokenBatch, TargetSpec]], in_flight: int) -> None:
+    def __init__(self, source: TargetSource, requests: Iterator[tuple[Batch, TargetSpec]], in_flight: int) -> None:
         self._source = source
         self._requests = requests
         self._in_flight = in_flight
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="prefetch")
-        self._window: deque[tuple[TokenBatch, Future[SoftTargets]]] = deque()
+        self._window: deque[tuple[Batch, Future[SoftTargets]]] = deque()
         self._closed = threading.Event()
         self._fill()
 
@@ -78,7 +78,7 @@ class Prefetcher:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def check_alignment(batch: TokenBatch, targets: SoftTargets) -> None:
+def check_alignment(batch: Batch, targets: SoftTargets) -> None:
     """Every trained token has a target, and each target says it predicts the token the student trains on.
 
     Raises:

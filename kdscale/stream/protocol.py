@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.flight as fl
 
-from kdscale.batch import TokenBatch
+from kdscale.batch import Batch, ExampleBatch, TokenBatch
 from kdscale.credentials import RUN_NAME, Credentials, Keys
 from kdscale.errors import IdentityError, PayloadError, StreamError
-from kdscale.spec import TargetSpec
+from kdscale.spec import TargetSpec, Task
 from kdscale.targets import arrow
 from kdscale.tunnel import is_loopback, require_loopback
 
@@ -31,9 +31,13 @@ class Meaning:
     teacher: str
     """Digest of the model's config and weights index."""
     tokenizer: str
-    """Fingerprint of the tokenizer."""
+    """Fingerprint of the tokenizer; where images are read, of how their pixels are."""
     vocab_size: int
+    """What a distribution is over: tokens, or classes."""
     hidden_size: int
+    task: Task = "language-modelling"
+    input_size: int = 0
+    """Of classifiers: how many token ids a text may hold, or bytes of an image."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def require_same_meaning(asked: Meaning, served: Meaning) -> None:
         raise IdentityError("this teacher is not the one the run is about; " + "; ".join(differ))
 
 
-# ---- token rows on the way to the teacher ----
+# ---- rows on the way to the teacher ----
 
 
 @lru_cache(maxsize=64)
@@ -163,13 +167,29 @@ def rows_schema(num_columns: int) -> pa.Schema:
     )
 
 
-def encode_rows(batch: TokenBatch) -> pa.RecordBatch:
+def examples_schema(num_columns: int, item_bytes: int) -> pa.Schema:
+    return pa.schema(
+        [
+            pa.field("inputs", pa.binary(item_bytes * num_columns), nullable=False),
+            pa.field("length", pa.int32(), nullable=False),
+            pa.field("label", pa.int32(), nullable=False),
+            pa.field("trained", pa.uint8(), nullable=False),
+        ]
+    )
+
+
+def encode_rows(batch: Batch) -> pa.RecordBatch:
+    if isinstance(batch, ExampleBatch):
+        columns = [batch.inputs_RL, batch.lengths_R, batch.labels_R, batch.trained_R.view(np.uint8)]
+        return arrow.record_batch(columns, examples_schema(batch.inputs_RL.shape[1], batch.inputs_RL.itemsize))
     columns = [batch.ids_RL, batch.segments_RL, batch.positions_RL, batch.predicts_RL.view(np.uint8)]
     return arrow.record_batch(columns, rows_schema(batch.ids_RL.shape[1]))
 
 
-def decode_rows(batch: pa.RecordBatch, header: Header, vocab_size: int) -> TokenBatch:
-    """Raises: PayloadError for another schema or tokens outside the vocabulary."""
+def decode_rows(batch: pa.RecordBatch, header: Header, vocab_size: int) -> Batch:
+    """Raises: PayloadError for another schema, or tokens or classes outside the vocabulary."""
+    if header.meaning.task != "language-modelling":
+        return _decode_examples(batch, header)
     num_columns = header.num_columns
     arrow.check(batch, rows_schema(num_columns))
     ids, segments, positions = (
@@ -184,6 +204,22 @@ def decode_rows(batch: pa.RecordBatch, header: Header, vocab_size: int) -> Token
     return TokenBatch(
         number=header.number, ids_RL=ids, segments_RL=segments, positions_RL=positions, predicts_RL=predicts
     )
+
+
+def _decode_examples(batch: pa.RecordBatch, header: Header) -> ExampleBatch:
+    meaning, num_columns = header.meaning, header.num_columns
+    of_images = meaning.task == "image-classification"
+    if of_images and num_columns != meaning.input_size:
+        raise PayloadError(f"an image has {num_columns} bytes; the teacher reads {meaning.input_size}")
+    arrow.check(batch, examples_schema(num_columns, 1 if of_images else 4))
+    inputs = arrow.plane(batch, "inputs", "u1" if of_images else "<i4", num_columns).copy()
+    if not of_images and inputs.size and (inputs.min() < 0 or inputs.max() >= meaning.input_size):
+        raise PayloadError(f"token ids span {inputs.min()}..{inputs.max()}; the tokenizer has {meaning.input_size}")
+    lengths, labels = (arrow.plane(batch, name, "<i4").copy() for name in ("length", "label"))
+    if labels.size and (labels.min() < 0 or labels.max() >= meaning.vocab_size):
+        raise PayloadError(f"classes span {labels.min()}..{labels.max()}; the teacher has {meaning.vocab_size}")
+    trained = arrow.plane(batch, "trained", "u1").astype(bool)
+    return ExampleBatch(header.number, inputs, lengths, labels, trained)
 
 
 # ---- listening, and calling a server ----

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from kdscale.batch import SoftTargets, TokenBatch
+from kdscale.batch import Batch, SoftTargets
 from kdscale.config.schema import RunConfig
 from kdscale.durable import write_durably
 from kdscale.errors import CoverageError, IdentityError, PayloadError, RecordingError
@@ -64,10 +64,10 @@ class Provenance:
         return {"version": 1, **asdict(self)}
 
 
-def row_key(row: TokenBatch) -> bytes:
+def row_key(row: Batch) -> bytes:
     """16 bytes that stand for a row: its tokens, documents and trained positions, wherever it stands in a run."""
     digest = xxhash.xxh3_128()
-    for plane in (row.ids_RL, row.segments_RL, row.positions_RL, row.predicts_RL):
+    for plane in row.planes():
         digest.update(plane.tobytes())
     return digest.digest()
 
@@ -165,11 +165,11 @@ class Recording:
                 ) from error
             self._readers[path] = reader
 
-    def __contains__(self, row: tuple[str, TokenBatch]) -> bool:
+    def __contains__(self, row: tuple[str, Batch]) -> bool:
         part, tokens = row
         return (part, row_key(tokens)) in self._places
 
-    def holds(self, row: TokenBatch, spec: TargetSpec) -> bool:
+    def holds(self, row: Batch, spec: TargetSpec) -> bool:
         """Whether ``fetch`` has the targets of ``spec`` for a batch of one row."""
         return self._place(row_key(row), spec) is not None
 
@@ -185,7 +185,7 @@ class Recording:
         """Rows, of all parts."""
         return len(self._places)
 
-    def fetch(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
+    def fetch(self, batch: Batch, spec: TargetSpec) -> SoftTargets:
         """See ``TargetSource``; from the held-out part for ``hidden`` rows that the training part lacks.
 
         Raises:
@@ -194,7 +194,7 @@ class Recording:
         """
         return SoftTargets.join([self._row(row, spec) for row in batch.rows()])
 
-    def _row(self, row: TokenBatch, spec: TargetSpec) -> SoftTargets:
+    def _row(self, row: Batch, spec: TargetSpec) -> SoftTargets:
         key = row_key(row)
         kind = (spec, self._meaning.vocab_size, self._meaning.hidden_size)
         expected = target_schema(*kind)
@@ -206,8 +206,8 @@ class Recording:
             self.received.setdefault(spec.payload, Received()).add([batch])
             return decode(batch, spec, self._meaning.vocab_size)
         raise CoverageError(
-            f"{self._directory} holds {len(self)} rows, and not row {row.ids_RL[0, :8].tolist()}... of batch {row.number} as"
-            f" {spec.payload}; go on recording until it is whole (`kdscale record`), or train with targets.source=live"
+            f"{self._directory} holds {len(self)} rows, and not row {row.inputs[0, :8].tolist()}... of batch {row.number} as"
+            f" {spec.payload}; go on recording until it is whole (`kdscale record`), or train with targets.source=live+record"
         )
 
     def fetch_head(self) -> Head:

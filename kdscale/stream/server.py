@@ -16,7 +16,7 @@ import pyarrow.flight as fl
 import torch
 import xxhash
 
-from kdscale.batch import SoftTargets, TokenBatch
+from kdscale.batch import Batch, SoftTargets
 from kdscale.credentials import Credentials
 from kdscale.errors import IdentityError, KdscaleError, PayloadError, StreamError
 from kdscale.head import Head, HeadSpec
@@ -38,7 +38,7 @@ Answer = SoftTargets | Head | KdscaleError
 class Scorer(Protocol):
     """What computes the answers: one rank of a teacher."""
 
-    def submit(self, request: str, batch: TokenBatch | None, header: Header | None) -> "queue.SimpleQueue[Answer]":
+    def submit(self, request: str, batch: Batch | None, header: Header | None) -> "queue.SimpleQueue[Answer]":
         """Queue a request (none of both: the head); its one answer arrives in the returned queue."""
         ...
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from kdscale.batch import SoftTargets, TokenBatch
+from kdscale.batch import Batch, SoftTargets
 from kdscale.errors import CoverageError
 from kdscale.head import Head
 from kdscale.spec import TargetSpec
@@ -26,7 +26,7 @@ class Received:
 class TargetSource(Protocol):
     """Gives the soft targets of a batch: a pure function of (teacher, tokens, spec), so it may be asked again."""
 
-    def fetch(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
+    def fetch(self, batch: Batch, spec: TargetSpec) -> SoftTargets:
         """The targets of the batch's trained positions, in row-major order.
 
         Raises:
@@ -60,7 +60,7 @@ class NoTargets:
     def __init__(self) -> None:
         self.received: dict[str, Received] = {}
 
-    def fetch(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
+    def fetch(self, batch: Batch, spec: TargetSpec) -> SoftTargets:
         """Raises: CoverageError."""
         raise CoverageError(f"batch {batch.number}: targets.source = none has no {spec.payload} targets")
 

@@ -8,23 +8,23 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kdscale import log
-from kdscale.batch import TokenBatch
-from kdscale.data.corpus import Corpus, build_corpus
-from kdscale.data.loader import Loader
-from kdscale.data.tokenizer import Tokenizer, load_tokenizer
+from kdscale.batch import Batch
+from kdscale.data.reading import RunCorpus, load_reader, make_loader, read_corpus
 from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
-from kdscale.engine.attention import attend_by_document
+from kdscale.engine.classifiers import class_names
+from kdscale.engine.directories import load_config, model_here
 from kdscale.engine.export import write_model
-from kdscale.engine.models import build_student, model_here
+from kdscale.engine.models import build_student, student_pixels
 from kdscale.engine.saver import Saver
 from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
 from kdscale.engine.shards import index_files
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
+from kdscale.evaluate.plain import plain_logits
 from kdscale.evaluate.quality import (
     NO_SUMS,
     Quality,
@@ -43,7 +43,6 @@ from kdscale.stream.source import TeacherSource
 from kdscale.stream.whole import needs_no_teacher
 from kdscale.student.keeping import Keeping
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
-from kdscale.student.module import flatten_batch
 from kdscale.student.resume import WAYS, go_on_from, require_one_environment
 from kdscale.student.saving import Saving
 from kdscale.student.sources import open_source
@@ -51,7 +50,7 @@ from kdscale.student.trainer import Totals, Trainer
 from kdscale.student.worker import StudentSetup
 
 _LOG = log.get(__name__)
-_HELD_OUT_ROWS = 2
+_HELD_OUT_ROWS, _HELD_OUT_EXAMPLES = 2, 64
 """Rows of one request for held-out targets; in a pipeline 1, where all requests have one shape."""
 
 _EXPORTED = 1e-2, 1e-2
@@ -65,7 +64,7 @@ places."""
 class _HeldOut:
     """This rank's share of the held-out text, and the teacher's side of it where the loss is held and there is a teacher."""
 
-    batches: list[TokenBatch]
+    batches: list[Batch]
     view: TeacherView | None
 
 
@@ -91,7 +90,8 @@ class StudentJob:
         self._topology = topology_of(config.student.parallel)
 
         self._teacher = model_here(Path(setup.teacher_directory), config.teacher.model, setup.meaning.teacher)
-        model = build_student(config.student, self._teacher, self._dtype)
+        model = build_student(config.student, self._teacher, self._dtype, config.task)
+        self._pixels = student_pixels(config.student, self._teacher, config.task)
         if config.student.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -117,7 +117,7 @@ class StudentJob:
         chunk_bytes = int(config.loss.chunk_mib * 2**20)
         settings = student_settings(config, self._dtype_name)
         if self._topology.pipeline == 1:
-            return DataParallelStudent(model, vocab_size, chunk_bytes, settings, self._rank)
+            return DataParallelStudent(model, vocab_size, chunk_bytes, settings, self._rank, self._pixels)
         by_time = config.student.parallel.split == "time"
         shape = (config.train.micro_rows, config.data.row_tokens) if by_time else None
         return PipelineStudent(model, vocab_size, chunk_bytes, settings, self._topology, self._rank, shape)
@@ -151,10 +151,10 @@ class StudentJob:
 
     def _run(self, access: Access | None, saving: Saving) -> dict[str, Any]:
         config = self._config
-        tokenizer, corpus = self._text()
+        save_reader, corpus = self._data()
         source = self._source(access, corpus)
-        cut, packing, columns = batch_cut(config), config.data.packing, config.data.row_tokens
-        loader = Loader(corpus.train, packing, columns, cut.rows, config.run.seed)
+        cut = batch_cut(config)
+        loader = make_loader(corpus.train, config.data, cut.rows, config.run.seed)
         if isinstance(source, Filling):
             self._keeping = Keeping(source, config, loader, corpus, self._rank, self._device, self._emit)
         trainer = Trainer(
@@ -191,7 +191,7 @@ class StudentJob:
             after = self._quality(held_out).as_dict()
             report |= {"quality_before": self._notes["quality_before"], "quality_after": after}
         self._phase("exporting")
-        report["export_max_logit_difference"] = self._export(loader.batch(0).cut(slice(0, 1)), tokenizer.save)
+        report["export_max_logit_difference"] = self._export(loader.batch(0).cut(slice(0, 1)), save_reader)
         report["teacher_stats"] = source.teacher_stats()
         report["received"] = {payload: asdict(received) for payload, received in source.received.items()}
         source.close()
@@ -203,7 +203,7 @@ class StudentJob:
 
     def evaluate(self, access: Access | None) -> dict[str, Any]:
         """Canary and quality of the student as it was built, without training. Raises: any KdscaleError."""
-        _, corpus = self._text()
+        _, corpus = self._data()
         source = self._source(access, corpus)
         report, held_out = self._check_teacher(self._held_out(corpus)[0], corpus, source)
         if held_out is None:
@@ -213,16 +213,20 @@ class StudentJob:
         source.close()
         return report
 
-    def _source(self, access: Access | None, corpus: Corpus) -> TeacherSource:
+    def _source(self, access: Access | None, corpus: RunCorpus) -> TeacherSource:
         return open_source(self._config, self._setup.meaning, corpus.fingerprint, access, self._rank)
 
-    def _text(self) -> tuple[Tokenizer, Corpus]:
-        """Tokenizer and corpus; the driver has tokenized it, so this finds it in the cache."""
-        tokenizer = load_tokenizer(self._config.data.tokenizer or str(self._teacher))
-        return tokenizer, build_corpus(self._config.data, tokenizer, lambda done, total, what: None)
+    def _data(self) -> tuple[Callable[[Path], None], RunCorpus]:
+        """What writes by what the student reads its inputs, and the corpus; the driver has made it, so this finds it in the
+        cache."""
+        task, data = self._config.task, self._config.data
+        reader = load_reader(task, data, self._teacher)
+        classes = () if task == "language-modelling" else class_names(load_config(self._teacher))
+        corpus = read_corpus(task, data, reader, classes, lambda done, total, what: None)
+        return (self._pixels or reader).save, corpus
 
     def _check_teacher(
-        self, row: TokenBatch, corpus: Corpus, source: TeacherSource
+        self, row: Batch, corpus: RunCorpus, source: TeacherSource
     ) -> tuple[dict[str, Any], _HeldOut | None]:
         """The canary on ``row``; meanwhile the teacher scores the held-out text."""
         config = self._config
@@ -259,7 +263,7 @@ class StudentJob:
 
     # ---- checks and measures ----
 
-    def _canary(self, batch: TokenBatch, source: TeacherSource, head: Head | None) -> str:
+    def _canary(self, batch: Batch, source: TeacherSource, head: Head | None) -> str:
         """Rank 0 compares served and plain targets; the line for the summary."""
         rows = self._config.evaluate.canary_rows
         if self._rank != 0:
@@ -278,18 +282,21 @@ class StudentJob:
         dtype = process.resolve_dtype(self._config.teacher.dtype, self._device)
         vocab_size = self._setup.meaning.vocab_size
         served = served_topk(batch.cut(slice(0, rows)), self._config.target_spec(0), source, head)
-        return run_canary(batch.cut(slice(0, rows)), served, str(directory), vocab_size, dtype).line()
+        task = self._config.task
+        return run_canary(batch.cut(slice(0, rows)), served, directory, vocab_size, dtype, task).line()
 
-    def _held_out(self, corpus: Corpus) -> list[TokenBatch]:
+    def _held_out(self, corpus: RunCorpus) -> list[Batch]:
         """This rank's share of the held-out rows; every rank runs the same number of forwards."""
         data = self._config.data
-        loader = Loader(corpus.heldout, data.packing, data.row_tokens, 1, self._config.run.seed)
+        loader = make_loader(corpus.heldout, data, 1, self._config.run.seed)
         rows = _HELD_OUT_ROWS if self._topology.pipeline == 1 else 1
-        batches = loader.heldout_batches(data.heldout_tokens, rows_per_batch=rows)
+        if self._config.task != "language-modelling":
+            rows = _HELD_OUT_EXAMPLES
+        batches: list[Batch] = list(loader.heldout_batches(data.heldout_tokens, rows_per_batch=rows))
         ranks = self._topology.data
         share = batches[self._topology.data_rank(self._rank) :: ranks]
         if len(share) < -(-len(batches) // ranks):
-            share.append(_untrained(batches[0]))
+            share.append(batches[0].cut(slice(0, 1)).untrained())
         return share
 
     @torch.no_grad()
@@ -300,7 +307,9 @@ class StudentJob:
             with whole_head(self._student) as head:
                 view = held_out.view
                 sums = label_sums(hidden, head, held_out.batches) if view is None else quality_sums(hidden, head, view)
-        return quality(process.sum_over_ranks(sums.to(self._device, copy=True)).cpu(), teacher=self._has_teacher)
+        classes = self._config.task != "language-modelling"
+        summed = process.sum_over_ranks(sums.to(self._device, copy=True)).cpu()
+        return quality(summed, classes=classes, teacher=self._has_teacher)
 
     # ---- what stays ----
 
@@ -338,13 +347,13 @@ class StudentJob:
             self._saving.settle(limit_s)
 
     @torch.no_grad()
-    def _export(self, row: TokenBatch, save_tokenizer: Callable[[Path], None]) -> float:
+    def _export(self, row: Batch, save_reader: Callable[[Path], None]) -> float:
         """Write ``student/`` and load it back plainly where the loss is held; returns how far its logits are from the
         engine's."""
         directory = self._directory / "student"
         state = self._student.whole_state()
         if self._rank == 0:
-            write_model(self._student.model, state, directory, save_tokenizer, self._config.export.shard_bytes)
+            write_model(self._student.model, state, directory, save_reader, self._config.export.shard_bytes)
         process.barrier()
         hidden = self._student.hidden([row])
         # On one rank: the largest difference, the mean one, and the largest logit.
@@ -353,7 +362,8 @@ class StudentJob:
             with whole_head(self._student) as head:
                 if self._topology.data_rank(self._rank) == 0:
                     ours = head.logits(hidden[0])
-                    off = (ours - self._plain_logits(directory, row, ours.shape[1])).abs()
+                    plain = plain_logits(row, directory, ours.shape[1], self._dtype, self._config.task, self._device)
+                    off = (ours - plain).abs()
                     found.copy_(torch.stack([off.max(), off.mean(), ours.abs().max()]))
         difference, mean, largest = process.sum_over_ranks(found).tolist()
         rounded = self._config.student.lora is not None and self._dtype != torch.float32
@@ -364,19 +374,3 @@ class StudentJob:
                 f" largest is {largest:.3g}); not usable"
             )
         return float(difference)
-
-    def _plain_logits(self, directory: Path, row: TokenBatch, vocab_size: int) -> torch.Tensor:
-        plain = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype).eval()
-        plain.to(self._device)  # type: ignore[arg-type]
-        if self._device.type == "cpu":
-            # The same roundings on both sides: what is compared is the weights, to the last bit.
-            attend_by_document(plain)
-        ids, positions, trained = flatten_batch(row, self._device)
-        logits = plain(input_ids=ids, position_ids=positions, use_cache=False).logits.flatten(0, 1)[trained]
-        return logits.float()[:, :vocab_size]
-
-
-def _untrained(batch: TokenBatch) -> TokenBatch:
-    """One row that counts for nothing, for a rank that has no rows left."""
-    row = batch.cut(slice(0, 1))
-    return TokenBatch(row.number, row.ids_RL, row.segments_RL, row.positions_RL, row.predicts_RL & False)

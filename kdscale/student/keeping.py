@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from kdscale.batch import TokenBatch
+from kdscale.batch import Batch
 from kdscale.config.schema import RunConfig
-from kdscale.data.corpus import Corpus
-from kdscale.data.loader import Loader
+from kdscale.data.reading import AnyLoader, RunCorpus, make_loader
 from kdscale.engine import process
 from kdscale.evaluate.quality import HIDDEN
 from kdscale.spec import TargetSpec
@@ -24,8 +23,8 @@ class Keeping:
         self,
         filling: Filling,
         config: RunConfig,
-        loader: Loader,
-        corpus: Corpus,
+        loader: AnyLoader,
+        corpus: RunCorpus,
         rank: int,
         device: torch.device,
         emit: Callable[[dict[str, Any]], None],
@@ -63,12 +62,12 @@ class Keeping:
         rows, batch_rows = self._loader.num_rows, self._config.train.batch_rows
         return step * batch_rows // rows > (step - 1) * batch_rows // rows
 
-    def _rows(self) -> Iterator[tuple[TokenBatch, TargetSpec]]:
+    def _rows(self) -> Iterator[tuple[Batch, TargetSpec]]:
         """What the recording must hold."""
         config, data = self._config, self._config.data
         spec = config.target_spec(0)
         for number in range(-(-self._loader.num_rows // config.train.batch_rows)):
             yield from ((row, spec) for row in self._loader.batch(number).rows())
         if config.evaluate.quality:
-            loader = Loader(self._corpus.heldout, data.packing, data.row_tokens, 1, config.run.seed)
+            loader = make_loader(self._corpus.heldout, data, 1, config.run.seed)
             yield from ((row, HIDDEN) for row in loader.heldout_batches(data.heldout_tokens, rows_per_batch=1))

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from kdscale.batch import TokenBatch
+from kdscale.batch import Batch
+from kdscale.data.images import Pixels
 from kdscale.engine.export import whole_state
 from kdscale.engine.models import head_of
 from kdscale.engine.partition import Partition
@@ -37,7 +38,7 @@ class Student(Protocol):
 
     def step(self, cut: BatchCut) -> Step: ...
 
-    def hidden(self, batches: list[TokenBatch]) -> list[torch.Tensor]:
+    def hidden(self, batches: list[Batch]) -> list[torch.Tensor]:
         """Hidden states [T, D] of each batch's trained positions, on ranks that hold the loss; elsewhere nothing.
 
         In a pipeline the batches have one shape, and every rank has as many.
@@ -61,10 +62,17 @@ class DataParallelStudent:
     """Every rank runs the whole model, sharded by ZeRO 0 to 3."""
 
     def __init__(
-        self, model: PreTrainedModel, vocab_size: int, chunk_bytes: int, settings: dict[str, Any], rank: int
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        chunk_bytes: int,
+        settings: dict[str, Any],
+        rank: int,
+        pixels: Pixels | None = None,
     ) -> None:
+        """``pixels``: how the model reads images; none reads text."""
         self.model, self._rank = model, rank
-        self._module = StudentModule(model, vocab_size, chunk_bytes)
+        self._module = StudentModule(model, vocab_size, chunk_bytes, pixels)
         self.engine = training_engine(self._module, settings)
         self.partition = Partition(self.engine, dict(model.named_parameters()))
         self.head = self._module.head
@@ -73,7 +81,7 @@ class DataParallelStudent:
         return DataParallelStep(self.engine, self.head, cut.micro_steps, cut.data)
 
     @torch.no_grad()
-    def hidden(self, batches: list[TokenBatch]) -> list[torch.Tensor]:
+    def hidden(self, batches: list[Batch]) -> list[torch.Tensor]:
         self.engine.eval()
         return [self.engine(*flatten_batch(batch, self.engine.device))[0] for batch in batches]
 
@@ -121,7 +129,7 @@ class PipelineStudent:
     def step(self, cut: BatchCut) -> Step:
         return PipelineStep(self._pipeline, self._last, cut, self._topology, self._rank)
 
-    def hidden(self, batches: list[TokenBatch]) -> list[torch.Tensor]:
+    def hidden(self, batches: list[Batch]) -> list[torch.Tensor]:
         def feed() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             for batch in batches:
                 ids_RL, positions_RL, trained_T = flatten_batch(batch, self.engine.device)

@@ -7,15 +7,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kdscale.batch import SoftTargets, TokenBatch
-from kdscale.engine.models import base_hidden, head_of
+from kdscale.batch import Batch, ExampleBatch, SoftTargets
+from kdscale.data.images import Pixels
+from kdscale.engine.classifiers import example_tensors
+from kdscale.engine.models import head_module, head_of, hidden_states, set_head
 from kdscale.head import Head, HeadSpec
 from kdscale.losses.fused import fused_loss
 from kdscale.losses.objective import Objective
 
 
 class HeadWithLoss(nn.Module):
-    """Takes the place of the model's lm_head, with its very parameters (tied or not) under the same names.
+    """Takes the place of the model's head, with its very parameters (tied or not) under the same names.
 
     The loss lives in this forward, because ZeRO-3 gathers a module's parameters around its forward and nowhere else.
     """
@@ -35,8 +37,12 @@ class HeadWithLoss(nn.Module):
         """What the next forward's loss is: modules take tensors only, so this comes beside them."""
         self._next = objective, targets
 
-    def forward(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss sum, statistics) as ``fused_loss`` gives them."""
+    def forward(
+        self, hidden_TD: torch.Tensor, labels_T: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(loss sum, statistics) as ``fused_loss`` gives them; without labels what came in, for a classifier's own forward."""
+        if labels_T is None:
+            return hidden_TD
         assert self._next is not None, "expect() comes before every forward with labels"
         objective, targets = self._next
         self._next = None
@@ -56,39 +62,44 @@ class HeadWithLoss(nn.Module):
 class StudentModule(nn.Module):
     """What DeepSpeed trains. Parameter names are the model's own behind ``model.``."""
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, chunk_bytes: int) -> None:
+    def __init__(self, model: PreTrainedModel, vocab_size: int, chunk_bytes: int, pixels: Pixels | None = None) -> None:
+        """``pixels``: how the model reads images; none reads text."""
         super().__init__()
-        model.set_output_embeddings(HeadWithLoss(*head_of(model, vocab_size), chunk_bytes))
+        set_head(model, HeadWithLoss(*head_of(model, vocab_size), chunk_bytes))
         self.model = model
+        self._pixels = pixels
 
     @property
     def head(self) -> HeadWithLoss:
-        head = self.model.get_output_embeddings()
+        head = head_module(self.model)
         assert isinstance(head, HeadWithLoss)
         return head
 
     def forward(
         self,
-        ids_RL: torch.Tensor,
-        positions_RL: torch.Tensor,
+        inputs_RL: torch.Tensor,
+        beside: torch.Tensor,
         trained_T: torch.Tensor,
         labels_T: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """(loss sum, statistics) of what ``head.expect`` was told; without labels the hidden states of the trained
         positions, ([T, D],).
 
-        ``trained_T`` indexes the flattened rows: positions that are not trained on never meet the head.
+        ``beside``: see ``hidden_states``. ``trained_T`` indexes the flattened rows: positions that are not trained on never
+        meet the head.
         """
-        hidden_TD = base_hidden(self.model, ids_RL, positions_RL).flatten(0, 1)[trained_T]
+        hidden_TD = hidden_states(self.model, inputs_RL, beside, self._pixels)[trained_T]
         if labels_T is None:
             return (hidden_TD,)
         loss, stats = self.head(hidden_TD, labels_T)
         return loss, stats
 
 
-def flatten_batch(batch: TokenBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids, positions, indices of the trained positions) on ``device``."""
-    trained_T = torch.from_numpy(batch.predicts_RL.reshape(-1).nonzero()[0])
+def flatten_batch(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ids, positions, indices of the trained positions) on ``device``; of examples (inputs, lengths, indices)."""
+    trained_T = torch.from_numpy(batch.trained.reshape(-1).nonzero()[0])
+    if isinstance(batch, ExampleBatch):
+        return *example_tensors(batch, device), trained_T.to(device)
     return (
         torch.from_numpy(batch.ids_RL).long().to(device),
         torch.from_numpy(batch.positions_RL).long().to(device),

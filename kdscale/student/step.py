@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from kdscale.batch import SoftTargets, TokenBatch
+from kdscale.batch import Batch, SoftTargets
 from kdscale.engine.process import sum_over_ranks
 from kdscale.engine.scale import backward_factor
 from kdscale.engine.training import Engine, gradient_norm, set_learning_rate
@@ -19,7 +19,7 @@ from kdscale.student.module import HeadWithLoss, flatten_batch
 class MicroBatch:
     """This rank's share of a micro-step; targets are absent when training on labels only."""
 
-    batch: TokenBatch
+    batch: Batch
     targets: SoftTargets | None
     waited_s: float = 0.0
     """How long the trainer stood waiting for it."""

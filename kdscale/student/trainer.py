@@ -8,9 +8,9 @@ from typing import Protocol
 
 import xxhash
 
-from kdscale.batch import TokenBatch
+from kdscale.batch import Batch
 from kdscale.config.schema import RunConfig
-from kdscale.data.loader import Loader
+from kdscale.data.reading import AnyLoader
 from kdscale.engine.process import seed_step
 from kdscale.engine.training import learning_rate
 from kdscale.losses.objective import objective_at
@@ -66,7 +66,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        loader: Loader,
+        loader: AnyLoader,
         cut: BatchCut,
         topology: Topology,
         rank: int,
@@ -84,7 +84,7 @@ class Trainer:
         self._emit = emit
         self._saving = saving
 
-    def requests(self, start: int) -> Iterator[tuple[TokenBatch, TargetSpec]]:
+    def requests(self, start: int) -> Iterator[tuple[Batch, TargetSpec]]:
         """This rank's micro-batches from step ``start`` on, in the order they are trained on, and what each asks for."""
         for number in range(start, self._train.steps):
             batch = self._loader.batch(number)
@@ -120,7 +120,7 @@ class Trainer:
         return Outcome(self._train.steps, totals, stopped=False)
 
     def _fetch(
-        self, prefetcher: Prefetcher | None, tokens_only: Iterator[TokenBatch] | None, digest: xxhash.xxh3_64
+        self, prefetcher: Prefetcher | None, tokens_only: Iterator[Batch] | None, digest: xxhash.xxh3_64
     ) -> Iterator[MicroBatch]:
         for _ in range(self._cut.micro_steps):
             if prefetcher is None:
@@ -129,7 +129,7 @@ class Trainer:
             else:
                 fetched = prefetcher.next()
                 micro = MicroBatch(fetched.batch, fetched.targets, fetched.waited_s)
-            digest.update(micro.batch.ids_RL.tobytes())
+            digest.update(micro.batch.inputs.tobytes())
             yield micro
 
     def _metrics(self, number: int, result: StepResult, rows_digest: str, seconds: float) -> StepMetrics:

@@ -8,20 +8,20 @@ import numpy as np
 import torch
 import xxhash
 
-from kdscale.batch import TokenBatch
+from kdscale.batch import Batch
 
 # A point at the very end of the line would find no entry, or one of no width.
 _BELOW_ONE = 1 - 1e-12
 
 
-def uniforms(batch: TokenBatch, seed: int) -> np.ndarray:
+def uniforms(batch: Batch, seed: int) -> np.ndarray:
     """One number in [0, 1) per trained position (float64 [T], row-major), a pure function of (seed, batch number, the row's
     tokens, column): neither the cut into micro-batches nor who scores them matters."""
-    rows = np.empty(batch.ids_RL.shape, np.float64)
-    for row, ids in enumerate(batch.ids_RL):
+    rows = np.empty(batch.trained.shape, np.float64)
+    for row, ids in enumerate(batch.inputs):
         key = xxhash.xxh3_128_intdigest(ids.tobytes() + np.int64(batch.number).tobytes(), seed=seed)
-        rows[row] = np.random.Generator(np.random.Philox(key=key)).random(ids.shape[0])
-    return rows[batch.predicts_RL]
+        rows[row] = np.random.Generator(np.random.Philox(key=key)).random(rows.shape[1:])
+    return rows[batch.trained]
 
 
 def draw_threshold(

@@ -1,4 +1,4 @@
-"""Tokens in, soft targets out: the sharded teacher. No Ray, no Flight; other engines must fit behind this face.
+"""Rows in, soft targets out: the sharded teacher. No Ray, no Flight; other engines must fit behind this face.
 
 T = positions, D = hidden size, R = rows, L = columns.
 """
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kdscale.batch import SoftTargets, TokenBatch
-from kdscale.engine.models import base_hidden, head_of
+from kdscale.batch import Batch, ExampleBatch, SoftTargets, TokenBatch
+from kdscale.data.images import Pixels
+from kdscale.engine.classifiers import PassThrough, is_classifier
+from kdscale.engine.models import head_of, hidden_states, set_head
 from kdscale.engine.sharding import InferenceModel, gathered
 from kdscale.head import Head
 from kdscale.spec import TargetSpec
@@ -21,7 +23,7 @@ from kdscale.targets.sampling import uniforms
 class Score:
     """One request's work: targets of ``spec`` for the trained positions of ``batch``."""
 
-    batch: TokenBatch
+    batch: Batch
     spec: TargetSpec
 
 
@@ -36,10 +38,17 @@ Work = Score | FetchHead
 class TeacherModel:
     """A lockstep model: every rank calls ``forward`` the same number of times, with whatever work it has."""
 
-    def __init__(self, inference: InferenceModel, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, inference: InferenceModel, vocab_size: int, device: torch.device, pixels: Pixels | None = None
+    ) -> None:
+        """``pixels``: how the model reads images; none reads text."""
         self._model = inference.model
         self._device = device
         self._weight, self._bias, self._spec = head_of(inference.model, vocab_size)
+        self._pixels = pixels
+        self._classifies = is_classifier(inference.model)
+        if self._classifies:
+            set_head(inference.model, PassThrough(self._weight, self._bias))
 
     @torch.no_grad()
     def forward(self, work: list[Work]) -> list[SoftTargets | Head]:
@@ -63,8 +72,28 @@ class TeacherModel:
                         answers.append(make_targets(next(hidden), head, labels, spec, draws))
         return answers
 
-    def _hidden(self, batches: list[TokenBatch]) -> list[torch.Tensor]:
+    def _hidden(self, batches: list[Batch]) -> list[torch.Tensor]:
         """Final hidden states [T, D] of each batch's trained positions, from one pass over all rows."""
+        if self._classifies:
+            return self._pooled([batch for batch in batches if isinstance(batch, ExampleBatch)])
+        return self._of_tokens([batch for batch in batches if isinstance(batch, TokenBatch)])
+
+    def _pooled(self, batches: list[ExampleBatch]) -> list[torch.Tensor]:
+        if not batches:
+            pixels = self._pixels
+            self._base(
+                np.zeros((1, pixels.size if pixels else 1), np.uint8 if pixels else np.int32), np.ones(1, np.int32)
+            )
+            return []
+        columns = max(batch.inputs_RL.shape[1] for batch in batches)
+        inputs = np.concatenate([_columns(batch.inputs_RL, columns) for batch in batches])
+        hidden_RD = self._base(inputs, np.concatenate([batch.lengths_R for batch in batches]))
+        parts = hidden_RD.split([batch.num_rows for batch in batches])
+        return [
+            part[torch.from_numpy(batch.trained_R).to(self._device)] for part, batch in zip(parts, batches, strict=True)
+        ]
+
+    def _of_tokens(self, batches: list[TokenBatch]) -> list[torch.Tensor]:
         if not batches:
             self._base(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32))
             return []
@@ -72,16 +101,17 @@ class TeacherModel:
         columns = max(max(int((batch.segments_RL != 0).any(0).sum()), 1) for batch in batches)
         ids = np.concatenate([_columns(batch.ids_RL, columns) for batch in batches])
         positions = np.concatenate([_columns(batch.positions_RL, columns) for batch in batches])
-        hidden_RLD = self._base(ids, positions)
+        hidden_RLD = self._base(ids, positions).unflatten(0, ids.shape)
         parts = hidden_RLD.split([batch.num_rows for batch in batches])
         return [
             part[torch.from_numpy(_columns(batch.predicts_RL, columns)).to(self._device)]
             for part, batch in zip(parts, batches, strict=True)
         ]
 
-    def _base(self, ids_RL: np.ndarray, positions_RL: np.ndarray) -> torch.Tensor:
-        ids = torch.from_numpy(ids_RL).long().to(self._device)
-        return base_hidden(self._model, ids, torch.from_numpy(positions_RL).long().to(self._device))
+    def _base(self, inputs_RL: np.ndarray, beside: np.ndarray) -> torch.Tensor:
+        """See ``hidden_states``."""
+        inputs, second = (torch.from_numpy(one).to(self._device) for one in (inputs_RL, beside))
+        return hidden_states(self._model, inputs if self._pixels else inputs.long(), second.long(), self._pixels)
 
     @staticmethod
     def _copy(head: Head) -> Head:

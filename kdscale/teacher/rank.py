@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kdscale import log
-from kdscale.batch import TokenBatch
+from kdscale.batch import Batch
 from kdscale.errors import KdscaleError, TeacherError
 from kdscale.stream.protocol import Header
 from kdscale.stream.server import Answer
@@ -45,13 +45,13 @@ class RankScorer:
         """Replaced as a whole after each forward, so any thread may read it."""
         self._forward_began: float | None = None
 
-    def submit(self, request: str, batch: TokenBatch | None, header: Header | None) -> "queue.SimpleQueue[Answer]":
+    def submit(self, request: str, batch: Batch | None, header: Header | None) -> "queue.SimpleQueue[Answer]":
         work: Work = FetchHead() if batch is None or header is None else Score(batch, header.spec)
         answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
         with self._lock:
             number = next(self._numbers)
             self._pending[number] = (work, answers)
-        self._lockstep.ring(number, batch.ids_RL.size if batch is not None else 0)
+        self._lockstep.ring(number, batch.work if batch is not None else 0)
         return answers
 
     def progress(self) -> int:

@@ -82,7 +82,8 @@ class TeacherRank:
         import psutil
 
         from kdscale.engine import process
-        from kdscale.engine.models import model_here
+        from kdscale.engine.classifiers import pixels_of
+        from kdscale.engine.directories import model_here
         from kdscale.engine.settings import teacher_settings
         from kdscale.engine.sharding import InferenceModel
         from kdscale.teacher.model import TeacherModel
@@ -90,11 +91,13 @@ class TeacherRank:
         process.set_threads(setup.teacher.cpus_per_rank, deterministic=setup.deterministic)
         dtype = process.resolve_dtype(setup.teacher.dtype, self._device)
         name = str(dtype).removeprefix("torch.")
+        task = setup.meaning.task
         self._model_directory = str(model_here(Path(setup.directory), setup.teacher.model, setup.meaning.teacher))
         settings = teacher_settings(self._member.world, name)
-        inference = InferenceModel(self._model_directory, settings, dtype, self._device)
+        inference = InferenceModel(self._model_directory, settings, dtype, self._device, task)
         self._setup, self._inference = setup, inference
-        self._model = TeacherModel(inference, setup.meaning.vocab_size, self._device)
+        pixels = pixels_of(Path(self._model_directory), task)
+        self._model = TeacherModel(inference, setup.meaning.vocab_size, self._device, pixels)
         self._facts = {
             "parameters_held": inference.parameters_held(),
             "parameters": inference.parameters_total(),

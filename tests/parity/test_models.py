@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from kdscale.batch import TokenBatch
 from kdscale.config.sections import StudentSection
 from kdscale.data.loader import Loader
+from kdscale.engine.directories import model_digest, resolve_model
 from kdscale.engine.families import in_sequence, require_pipeline_family
 from kdscale.engine.models import (
     base_hidden,
@@ -17,9 +18,7 @@ from kdscale.engine.models import (
     from_teacher_layers,
     head_of,
     load_causal_lm,
-    model_digest,
     require_known_head,
-    resolve_model,
 )
 from kdscale.errors import ModelError
 from kdscale.head import head_logits

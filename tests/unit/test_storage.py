@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdscale.engine.models import model_digest, model_here, resolve_model
+from kdscale.engine.directories import model_digest, model_here, resolve_model
 from kdscale.errors import IdentityError, ModelError, StorageError
 from kdscale.storage import Store, download, fetch, is_url, model_cache
 

@@ -149,3 +149,19 @@ def test_missing_file_is_refused(tmp_path: Path):
 def test_shipped_configs_load(path: Path):
     about_teachers = "\nteacher:" in path.read_text()
     assert (load_config if about_teachers else load_finetune)(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["student.parallel.pipeline=2", "deepspeed.zero_optimization.stage=1"], "cannot be cut into stages"),
+        (["data.packing=joined"], "data.packing = joined: .* does not read it"),
+        (["data.append_eos=false"], "data.append_eos = False: .* does not read it"),
+        (["data.tokenizer=some/tokenizer"], "images have none"),
+    ],
+)
+def test_what_a_classifier_does_not_have_is_refused(overrides: list[str], message: str, file: Path):
+    assert load_config(file, ["task=image-classification"]).task == "image-classification"
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, ["task=image-classification", *overrides])
+    load_config(file, overrides)

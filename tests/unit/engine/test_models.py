@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kdscale.engine.models import from_teacher_layers, load_causal_lm, load_config, resolve_model
+from kdscale.engine.directories import load_config, resolve_model
+from kdscale.engine.models import from_teacher_layers, load_causal_lm
 from kdscale.errors import ModelError
 from tests.conftest import make_model
 

@@ -15,7 +15,7 @@ def test_equal_targets_pass():
     assert report.num_tokens == 40
     assert report.top1_agreement == 1
     assert report.max_logp_difference < 1e-5
-    assert report.line().startswith("ok: 40 tokens")
+    assert report.line().startswith("ok: 40 positions")
 
 
 @pytest.mark.parametrize(
@@ -27,3 +27,11 @@ def test_equal_targets_pass():
 def test_targets_of_something_else_end_the_run(served: torch.Tensor, dtype: torch.dtype):
     with pytest.raises(CanaryError, match="the served teacher differs from a plain forward"):
         compare(topk_of_logits(served, 16), torch.log_softmax(LOGITS, -1), dtype)
+
+
+def test_a_near_tie_among_few_examples_is_no_fault():
+    tied = torch.tensor([[1.0, 1.001, -2.0], [3.0, 0.0, 0.0]])
+    other = torch.tensor([[1.001, 1.0, -2.0], [3.0, 0.0, 0.0]])
+    assert compare(topk_of_logits(tied, 3), torch.log_softmax(other, -1), torch.float32).top1_agreement == 0.5
+    with pytest.raises(CanaryError):
+        compare(topk_of_logits(tied.repeat(20, 1), 3), torch.log_softmax(other.repeat(20, 1), -1), torch.float32)

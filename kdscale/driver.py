@@ -1,6 +1,7 @@
 """A run from config to summary: place, start teacher and student, watch, stop."""
 
 import json
+import os
 import sys
 import threading
 import time
@@ -202,4 +203,8 @@ def main(flow: str, config_file: str, argument: str, endpoints: str = "") -> int
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A Flight server waits for its clients before it goes, for those that are cut off too.
+    os._exit(code)

@@ -18,7 +18,7 @@ from kdscale.errors import IdentityError, PayloadError, StreamError
 from kdscale.head import Head
 from kdscale.spec import TargetSpec
 from kdscale.stream.lines import Line, Lines, Rebuilding, Retry
-from kdscale.stream.protocol import Access, Header, Meaning, call, connect, encode_rows, message, rows_schema
+from kdscale.stream.protocol import Access, Header, Meaning, call, connect, encode_rows, message, schema_of_rows
 from kdscale.stream.server import decode_head
 from kdscale.stream.source import Received
 from kdscale.stream.watchdog import Watch, Watchdog
@@ -187,7 +187,7 @@ class FlightSource:
         try:
             with writer:
                 # The header travels with the schema: the teacher reads it while the rows are put together.
-                writer.begin(rows_schema(header.num_columns))
+                writer.begin(schema_of_rows(batch))
                 writer.write_batch(encode_rows(batch))
                 writer.done_writing()
                 return self._receive(reader, header, watch)

@@ -167,6 +167,7 @@ def rows_schema(num_columns: int) -> pa.Schema:
     )
 
 
+@lru_cache(maxsize=64)
 def examples_schema(num_columns: int, item_bytes: int) -> pa.Schema:
     return pa.schema(
         [
@@ -178,12 +179,19 @@ def examples_schema(num_columns: int, item_bytes: int) -> pa.Schema:
     )
 
 
+def schema_of_rows(batch: Batch) -> pa.Schema:
+    """The schema of ``encode_rows``'s result."""
+    if isinstance(batch, ExampleBatch):
+        return examples_schema(batch.inputs_RL.shape[1], batch.inputs_RL.itemsize)
+    return rows_schema(batch.ids_RL.shape[1])
+
+
 def encode_rows(batch: Batch) -> pa.RecordBatch:
     if isinstance(batch, ExampleBatch):
         columns = [batch.inputs_RL, batch.lengths_R, batch.labels_R, batch.trained_R.view(np.uint8)]
-        return arrow.record_batch(columns, examples_schema(batch.inputs_RL.shape[1], batch.inputs_RL.itemsize))
-    columns = [batch.ids_RL, batch.segments_RL, batch.positions_RL, batch.predicts_RL.view(np.uint8)]
-    return arrow.record_batch(columns, rows_schema(batch.ids_RL.shape[1]))
+    else:
+        columns = [batch.ids_RL, batch.segments_RL, batch.positions_RL, batch.predicts_RL.view(np.uint8)]
+    return arrow.record_batch(columns, schema_of_rows(batch))
 
 
 def decode_rows(batch: pa.RecordBatch, header: Header, vocab_size: int) -> Batch:

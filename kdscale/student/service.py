@@ -36,6 +36,7 @@ class StudentGroup:
         self._ranks = RankGroup(StudentRank, student_ask(self._student), group, StudentError)
         self.running: list[Any] = []
         self._asked_to_stop = False
+        self._lost = False
 
     def begin(self, meanwhile: Callable[[], None]) -> None:
         """Form the group and let every rank build, without waiting for the end of it. What ``meanwhile``, called twice a
@@ -76,7 +77,11 @@ class StudentGroup:
 
     def events(self) -> list[dict[str, Any]]:
         """What rank 0 has reported since the last call. Raises: StudentError for a rank that is dead or silent."""
-        beats = self._heartbeats.answers(self._student.heartbeat_seconds, "student.heartbeat_seconds")
+        try:
+            beats = self._heartbeats.answers(self._student.heartbeat_seconds, "student.heartbeat_seconds")
+        except StudentError:
+            self._lost = True
+            raise
         return beats.get(0, [])
 
     def last_events(self) -> list[dict[str, Any]]:
@@ -93,7 +98,9 @@ class StudentGroup:
     def kill(self) -> None:
         """End every rank. A checkpoint that is being written gets the grace first, unless a stop has used it up."""
         if self.running and not self._asked_to_stop:
-            self._settle(self._setup.config.cluster.grace_seconds)
+            grace_s = self._setup.config.cluster.grace_seconds
+            # A rank that is dead or silent has left its share or never will: the others only have to find out.
+            self._settle(min(grace_s, _AFTER_DEATH_S) if self._lost else grace_s)
         self._ranks.kill()
 
     def _settle(self, limit_s: float) -> None:
@@ -105,5 +112,5 @@ class StudentGroup:
                 try:
                     ray.get(call)
                 except RayActorError:
-                    # A dead rank has left its share or never will: rank 0 only has to find out.
+                    # As above.
                     deadline = min(deadline, time.monotonic() + _AFTER_DEATH_S)

@@ -6,6 +6,7 @@ nothing in here raises while saving, and no disk is touched; ``take`` gives the 
 
 import copy
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from kdscale.errors import CheckpointError
 SHARDS = "shards"
 """Directory of DeepSpeed's files inside a checkpoint; DeepSpeed's tag."""
 _ALLOWED = [LossScaler, ZeroStageEnum, fragment_address]
-"""What DeepSpeed's files hold besides tensors and plain values; nothing else is unpickled."""
+"""What DeepSpeed's files hold, or have held, besides tensors and plain values; nothing else is unpickled."""
 
 
 @dataclass
@@ -135,6 +136,9 @@ class _Clones:
             return made
         if type(value) in (list, tuple):
             return type(value)(self.of(item) for item in value)
+        if isinstance(value, Enum):
+            # Early releases of Python 3.11 pickle a member as a call of ``getattr``, which nobody should unpickle.
+            return value.value
         return copy.deepcopy(value)
 
     def _tensor(self, value: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import nn
 
 from kdscale.engine.capture import HostCapture
@@ -41,6 +42,15 @@ def test_what_training_changes_afterwards_is_not_in_it(tmp_path: Path):
     assert found["groups"][0]["betas"] == (0.9, torch.tensor(2.0))
     assert list(tmp_path.iterdir()) == [], "no disk was touched"
     assert engine.take().files == {}
+
+
+def test_a_member_of_an_enumeration_is_kept_as_its_value(tmp_path: Path):
+    """Whatever Python pickles it as: files are read without unpickling anything that could run."""
+    engine = capture(tmp_path)
+    engine.save({"zero_stage": ZeroStageEnum.weights}, str(tmp_path / "x.pt"))
+    (found,) = engine.take().files.values()
+    assert type(found["zero_stage"]) is int
+    assert found["zero_stage"] == ZeroStageEnum.weights
 
 
 def test_frozen_weights_are_not_saved_with_a_model_and_not_copied_with_a_stage(tmp_path: Path):

@@ -83,9 +83,7 @@ def _inputs(config: Any, dtype: Any, task: Task) -> tuple[dict[str, Any], int]:
     rows, columns = (_ROWS, _COLUMNS) if task == "language-modelling" else (_EXAMPLES, _TEXT_TOKENS)
     columns = min(columns, getattr(text, "max_position_embeddings", columns))
     ids = torch.arange(rows * columns).view(rows, columns) % text.vocab_size
-    if task == "language-modelling":
-        return {"input_ids": ids, "use_cache": False}, ids.numel()
-    return {"input_ids": ids}, rows
+    return {"input_ids": ids}, ids.numel() if task == "language-modelling" else rows
 
 
 if __name__ == "__main__":

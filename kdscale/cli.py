@@ -134,7 +134,7 @@ def record(
 
 
 @app.command(
-    epilog="Examples:  kdscale generate configs/modes/generated.yaml data/generated.jsonl  |  kdscale train"
+    epilog="Examples:  kdscale generate configs/quickstart.yaml data/generated.jsonl generate.limit=160  |  kdscale train"
     " configs/modes/generated.yaml"
 )
 def generate(

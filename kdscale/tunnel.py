@@ -14,6 +14,7 @@ import socket
 import ssl
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Coroutine
 from typing import Any
@@ -37,7 +38,7 @@ _TRIAL, _THROUGH = b"?", b">"
 _ADMITTED = b"+"
 
 
-class _End:
+class _End(ABC):
     """A listener whose connections are carried in a thread."""
 
     def __init__(self, host: str, port: int) -> None:
@@ -72,8 +73,9 @@ class _End:
                 continue
             self._take(connection, peer)
 
+    @abstractmethod
     def _take(self, connection: socket.socket, peer: tuple[str, int]) -> None:
-        raise NotImplementedError
+        """Carry a new connection, or refuse it, in a task of its own."""
 
     def close(self) -> None:
         """End the listener and all connections through it."""
@@ -286,12 +288,11 @@ async def _carry(one: _Streams, other: _Streams) -> None:
 
 
 async def _pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
+    # A connection that is reset has ended, like one that is closed.
+    with contextlib.suppress(OSError):
         while chunk := await reader.read(_CHUNK_BYTES):
             writer.write(chunk)
             await writer.drain()
-    except OSError:
-        pass
     # The other way ends with it: neither service knows half of a connection.
     writer.close()
 

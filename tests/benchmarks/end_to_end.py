@@ -40,8 +40,8 @@ BLOCK, ROUNDS, RATE = 6, 7, 5e-4
 """Steps of a round, rounds, learning rate."""
 STEPS = BLOCK * (ROUNDS + 2)
 OVERRIDES = [
-    *(f"train.steps={STEPS}", "train.batch_rows=4", "train.micro_rows=2", f"train.lr={RATE}", "train.warmup_steps=0"),
-    *("train.schedule=constant", "loss.hard_weight=0", "stream.in_flight=4", "run.name=benchmark"),
+    *(f"train.steps={STEPS}", "train.batch_rows=4", "train.micro_rows=4", f"train.lr={RATE}", "train.warmup_steps=0"),
+    *("train.schedule=constant", "loss.hard_weight=0", "stream.in_flight=2", "run.name=benchmark"),
 ]
 FROZEN = "embed_tokens"
 
@@ -350,6 +350,7 @@ def main() -> None:
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--peers", metavar="PYTHON", help="interpreter of an environment with TRL and Liger")
+    parser.add_argument("--only", metavar="SIDE", nargs="+", help="these sides alone")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.side:
@@ -360,6 +361,7 @@ def main() -> None:
         print("preparing batches and targets", file=sys.stderr)
         heldout = make_inputs(work)
         names = ["live", "ready", "plain", *(["trl", "trl-liger"] if arguments.peers else [])]
+        names = [name for name in names if not arguments.only or name in arguments.only]
         python = {"trl": arguments.peers, "trl-liger": arguments.peers}
         sides = [Side(name, [name, "--work", temporary], python=python.get(name, sys.executable)) for name in names]
         teacher = served_teacher(work)
@@ -384,7 +386,7 @@ def report(work: Path, sides: list[Side], heldout: dict[str, np.ndarray]) -> lis
         row["heldout_kl"] = kl[side.name]
         rows.append(row)
     by_name = {row["name"]: row for row in rows}
-    control = by_name.get("trl", by_name["plain"])
+    control = by_name.get("trl") or by_name.get("plain") or rows[0]
     for row in rows:
         print(
             f"{row['name']:10} {row['tokens_per_second']:6.0f} tokens/s ±{row['spread']:.0%}"

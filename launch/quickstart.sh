@@ -4,10 +4,12 @@ set -euo pipefail
 
 usage() {
   cat <<'TEXT'
-usage: bash launch/quickstart.sh [CONFIG] [KEY=VALUE]...
+usage: bash launch/quickstart.sh [--inputs | CONFIG] [KEY=VALUE]...
 
 Installs kdscale, fetches the teacher SmolLM2-135M-Instruct and the Python reference as text, and runs
 `kdscale train CONFIG KEY=VALUE...` (default: configs/quickstart.yaml). Interrupted and started again, it goes on.
+
+  --inputs   install and fetch only: what benchmarks, submitted runs and other configs start from
 
 environment: see `bash launch/install.sh --help`
 TEXT
@@ -19,11 +21,15 @@ esac
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 config="configs/quickstart.yaml"
-if [[ $# -gt 0 && "$1" != *=* ]]; then
+inputs_only=""
+if [[ "${1:-}" == --inputs ]]; then
+  inputs_only=yes
+elif [[ $# -gt 0 && "$1" != *=* ]]; then
   config="$1"
   shift
 fi
 bash launch/install.sh
 venv="${KDSCALE_VENV:-.venv}"
 "$venv/bin/python" launch/prepare_quickstart.py
+[[ -z "$inputs_only" ]] || exit 0
 exec "$venv/bin/kdscale" train "$config" "$@"

@@ -1,6 +1,6 @@
 """How long training stands still for a checkpoint of the quickstart's student, model and optimizer.
 
-    bash launch/quickstart.sh train.steps=1 run.name=inputs     # once: fetches the teacher
+    bash launch/quickstart.sh --inputs     # once: fetches the teacher
     python -m tests.benchmarks.checkpoint [--model DIR] [--dtype float32] [--json checkpoint.json]
 
 ``background``: kdscale's saver, until training may go on; what it writes meanwhile is waited for outside the time, and ends

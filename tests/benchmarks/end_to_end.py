@@ -1,6 +1,6 @@
 """Distillation end to end: tokens a second, peak memory of the training process, held-out KL after equal steps.
 
-    bash launch/quickstart.sh train.steps=1 run.name=inputs     # once: fetches teacher and text
+    bash launch/quickstart.sh --inputs     # once: fetches teacher and text
     bash tests/benchmarks/peers.sh                              # once: TRL and Liger, in an environment of their own
     python -m tests.benchmarks.end_to_end --peers .venv-peers/bin/python --json end_to_end.json
 

@@ -1,6 +1,6 @@
 """How much of the teacher's and the student's work runs at the same time: one core each.
 
-    bash launch/quickstart.sh train.steps=1 run.name=inputs     # once: fetches teacher and text
+    bash launch/quickstart.sh --inputs     # once: fetches teacher and text
     python -m tests.benchmarks.overlap --json overlap.json
 
 The sides and models of ``end_to_end``, with one thread each: ``live``, the student pulling from the served teacher; ``student``

@@ -1,6 +1,6 @@
 """Payload formats on real logits of real text: bytes a token against error, and the codec's speed against memcpy.
 
-    bash launch/quickstart.sh train.steps=1 run.name=inputs     # once: fetches teacher and text
+    bash launch/quickstart.sh --inputs     # once: fetches teacher and text
     python -m tests.benchmarks.payload --json payload.json      # 1,024 positions of configs/quickstart.yaml
 
 Every format stands for a distribution p_hat over the whole vocabulary: its entries, and what they leave spread evenly over

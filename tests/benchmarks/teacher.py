@@ -1,6 +1,6 @@
 """The sharded teacher against the same model whole, by core, over tokens a rank and forward.
 
-    bash launch/quickstart.sh train.steps=1 run.name=inputs     # once: fetches the teacher
+    bash launch/quickstart.sh --inputs     # once: fetches the teacher
     python -m tests.benchmarks.teacher --json teacher.json
 
 Each side is two processes of one thread that score at the same time, so that both share the machine alike: ``zero3``, one

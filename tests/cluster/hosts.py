@@ -20,6 +20,8 @@ from tests.runs import OURS
 
 ROOT = Path(__file__).parents[2]
 NETWORK = "10.77.0.0/24"
+# As /proc/net/tcp writes them.
+_LISTEN, _LOOPBACK = "0A", "0100007F"
 _TOOLS = ("ip", "tc", "mount", "nsenter", "unshare")
 
 
@@ -102,8 +104,21 @@ class Host(Namespace):
         )
         self.files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kdscale-host-")))
         """What Ray writes here."""
+        self.secrets = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kdscale-secrets-")))
         self.do(f"mount --bind {self.files} {ray_temp}")
         self.environment = {"KDSCALE_NODE_ADDRESS": self.address, "KDSCALE_RAY_TEMP": f"{ray_temp}/{number}"}
+
+    @property
+    def listening(self) -> list[str]:
+        """``host:port`` of what others can connect to."""
+        ports = set()
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{self.pid}/net/{table}").read_text().splitlines()[1:]:
+                _, local, _, state, *_ = line.split()
+                address, _, port = local.rpartition(":")
+                if state == _LISTEN and not address.endswith(_LOOPBACK):
+                    ports.add(int(port, 16))
+        return [f"{self.address}:{port}" for port in sorted(ports)]
 
     @contextmanager
     def unplugged(self) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """Ray on three hosts of one machine, by the scripts that users start it with, and a job for them.
 
-``head`` and ``second`` hold a teacher of two ranks, ``third`` the students; all doors are off loopback.
+``head`` and ``second`` hold a teacher of two ranks, ``third`` the students; all doors are off loopback, and Ray has its own TLS.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 
 import psutil
 
+from kdscale.cluster.security import Authority
+from tests.cluster import ray_tls
 from tests.cluster.hosts import NETWORK, Host, hosts
 from tests.failure.runs import ranks_of
 from tests.runs import KDSCALE, OURS, finish, write_config
@@ -48,6 +51,17 @@ class Nodes:
         assert finish(process, said, within_s=60) == 0, said.read_text()
         return said.read_text()
 
+    def strangers(self, access: Path, scratch: Path) -> dict[str, Any]:
+        """What strangers on the second host find, who have the run's secrets to compare with (``strangers.py``)."""
+        said = scratch / "strangers.json"
+        doors = [door for host in self.all for door in host.listening]
+        process = self.start(
+            self.second, sys.executable, "-m", "tests.cluster.strangers", str(access), *doors, log=said
+        )
+        assert finish(process, said, within_s=120) == 0, said.read_text()
+        found: dict[str, Any] = json.loads(said.read_text().splitlines()[-1])
+        return found
+
     def train(self, config: Path, *overrides: str, log: Path) -> "subprocess.Popen[bytes]":
         """`kdscale train` on the head."""
         return self.start(self.head, *KDSCALE, "train", str(config), *overrides, log=log)
@@ -69,8 +83,10 @@ def three_nodes(scratch: Path) -> Iterator[Nodes]:
         head, second, third = stack.enter_context(hosts(3))
         token = {"KDSCALE_VENV": sys.prefix, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(scratch / "token")}
         nodes = Nodes(head, second, third, token)
+        authority = Authority()
         for host, role in ((head, "teacher"), (second, "teacher"), (third, "student")):
             host.environment |= {"KDSCALE_CPUS": "2", "KDSCALE_LABELS": f"role={role}"}
+            host.environment |= ray_tls.environment(authority, host.address, host.secrets)
             script = ["launch/ray_head.sh"] if host is head else ["launch/ray_worker.sh", f"{head.address}:6379"]
             stack.callback(nodes.script, host, script[0], "--stop", log=log)
             nodes.script(host, *script, log=log)

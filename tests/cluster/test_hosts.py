@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,11 +18,13 @@ from kdscale.stream.protocol import Access
 from tests.cluster.hosts import Host, hosts, missing
 from tests.cluster.nodes import Nodes, config_of, processes, ranks, three_nodes
 from tests.failure.runs import trained, wait_for_progress, wait_for_words
-from tests.runs import assert_nothing_left, finish, wait_for_step
+from tests.runs import assert_nothing_left, finish, steps, wait_for_step
 
 ABSENT = missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(ABSENT), reason=ABSENT)]
 OUTAGE_S = 8.0
+STEPS = 80
+"""Of the job that strangers knock at, while it trains."""
 KEY_FILE = ".checkpoint-key"
 
 
@@ -34,20 +37,23 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 @dataclass
 class Job:
-    """The job when nothing happens to it."""
+    """The job when no link fails; strangers knock at its doors meanwhile."""
 
     losses: list[tuple[int, str, float]]
     """With steps and rows."""
     secrets: dict[str, str]
     shown: dict[str, str]
     """What others can come to see, by where: processes and actors while it ran, then what was written."""
+    strangers: dict[str, Any]
+    """What they found."""
+    steps_meanwhile: int
 
 
 @pytest.fixture(scope="module")
-def undisturbed(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, text_dir: Path) -> Job:
-    tmp_path = tmp_path_factory.mktemp("undisturbed")
+def job(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, text_dir: Path) -> Job:
+    tmp_path = tmp_path_factory.mktemp("job")
     log, directory = tmp_path / "log", tmp_path / "runs" / "tiny"
-    config = config_of(tmp_path, teacher_dir, text_dir, nodes, evaluate={"quality": True})
+    config = config_of(tmp_path, teacher_dir, text_dir, nodes, evaluate={"quality": True}, train={"steps": STEPS})
     process = nodes.train(config, log=log)
     wait_for_step(directory, 1, process, log)
     assert [len(ranks("TeacherRank", host)) for host in nodes.all] == [1, 1, 0]
@@ -60,6 +66,10 @@ def undisturbed(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory, teacher_
         "its key": access.credentials.key_pem.split("\n")[1],
     }
     shown = {f"process {one.pid}": words_of(one) for host in nodes.all for one in processes(host)}
+    before = steps(directory)[-1]
+    strangers = nodes.strangers(directory / ACCESS_FILE, scratch=tmp_path)
+    assert process.poll() is None, log.read_text()
+    steps_meanwhile = steps(directory)[-1] - before
     shown["ray list actors"] = nodes.ray("list", "actors", "--detail", scratch=tmp_path)
     assert "StudentRank" in shown["ray list actors"]
     assert finish(process, log) == 0, log.read_text()
@@ -68,13 +78,15 @@ def undisturbed(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory, teacher_
     assert summary["canary"].startswith("ok: ")
     assert min(summary["teacher_tokens_per_rank"]) > 0
     assert summary["kl_after"] < summary["kl_before"]
+    assert "not encrypted" not in log.read_text(), "Ray has TLS here"
     secrets["Ray's token"] = Path(nodes.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    secrets["Ray's key"] = Path(nodes.head.environment["RAY_TLS_SERVER_KEY"]).read_text().split("\n")[1]
     secrets["the checkpoints' key"] = (directory / KEY_FILE).read_text().strip()
     for place in (tmp_path, *(host.files for host in nodes.all)):
         for path in filter(Path.is_file, place.rglob("*")):
             if path.name != KEY_FILE:
                 shown[str(path)] = path.read_text(errors="replace")
-    return Job(trained(directory), secrets, shown)
+    return Job(trained(directory), secrets, shown, strangers, steps_meanwhile)
 
 
 def words_of(process: psutil.Process) -> str:
@@ -85,25 +97,30 @@ def words_of(process: psutil.Process) -> str:
         return ""
 
 
-def test_a_job_over_three_hosts(undisturbed: Job):
-    assert [step for step, _, _ in undisturbed.losses] == list(range(1, 41))
+def test_a_job_over_three_hosts(job: Job):
+    assert [step for step, _, _ in job.losses] == list(range(1, STEPS + 1))
 
 
-def test_its_secrets_are_shown_nowhere(undisturbed: Job):
-    assert {"log", "metrics.jsonl", "MANIFEST.json", "raylet.out"} <= {Path(where).name for where in undisturbed.shown}
-    assert all(len(secret) >= len("PRIVATE KEY") for secret in undisturbed.secrets.values())
+def test_strangers_open_none_of_its_doors(job: Job):
+    """Two teacher ranks and the directory; the teacher's sequencer and rendezvous. The students share a host."""
+    assert job.strangers["flight"] == 3
+    assert job.strangers["tunnels"] == 2
+    assert job.strangers["let_in"] == []
+    assert job.steps_meanwhile > 0
+
+
+def test_its_secrets_are_shown_nowhere(job: Job):
+    assert {"log", "metrics.jsonl", "MANIFEST.json", "raylet.out"} <= {Path(where).name for where in job.shown}
+    assert all(len(secret) >= len("PRIVATE KEY") for secret in job.secrets.values())
     leaks = [
-        (name, where)
-        for name, secret in undisturbed.secrets.items()
-        for where, text in undisturbed.shown.items()
-        if secret in text
+        (name, where) for name, secret in job.secrets.items() for where, text in job.shown.items() if secret in text
     ]
     assert leaks == []
 
 
 def test_a_link_fails_for_a_while(
     nodes: Nodes,
-    undisturbed: Job,
+    job: Job,
     tmp_path: Path,
     teacher_dir: Path,
     text_dir: Path,
@@ -117,7 +134,7 @@ def test_a_link_fails_for_a_while(
         with host.unplugged():
             time.sleep(OUTAGE_S)
     assert finish(process, log) == 0, log.read_text()
-    assert trained(directory) == undisturbed.losses
+    assert trained(directory) == job.losses[:40]
     assert "rebuilding replica-0 of the teacher" in log.read_text(), "half of it did not answer"
     assert "starting the student again" not in log.read_text(), "its heartbeat may be later than that"
     assert_ranks_gone(nodes)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import documents, make_model, make_tokenizer
+from tests.conftest import documents, make_colleague
 from tests.runs import assert_nothing_left, run, start, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow
@@ -22,12 +22,6 @@ def write_routed(directory: Path) -> Path:
     return directory
 
 
-def other_teacher(directory: Path, seed: int = 5) -> Path:
-    """Of another family and width, with the same tokenizer."""
-    make_model("qwen2", seed).save_pretrained(directory)
-    return make_tokenizer(directory)
-
-
 def steps(directory: Path) -> list[tuple[str, float, float]]:
     lines = (directory / "metrics.jsonl").read_text().splitlines()
     return [(one["rows_digest"], one["loss"], one["gradient_norm"]) for one in map(json.loads, lines)]
@@ -35,7 +29,7 @@ def steps(directory: Path) -> list[tuple[str, float, float]]:
 
 def test_each_document_has_its_teacher(tmp_path: Path, teacher_dir: Path):
     """Two teachers, one of them in two replicas; killed and gone on with, every number is that of a run without faults."""
-    other = other_teacher(tmp_path / "other")
+    other = make_colleague(tmp_path / "other", teacher_dir, "qwen2", seed=5)
     text = write_routed(tmp_path / "text")
     config = write_config(
         tmp_path,
@@ -72,7 +66,7 @@ def test_each_document_has_its_teacher(tmp_path: Path, teacher_dir: Path):
     assert json.loads((runs / "halves" / "summary.json").read_text())["kl_after"] == summary["kl_after"]
 
     # A checkpoint belongs to all of them.
-    other_teacher(other, seed=6)
+    make_colleague(other, teacher_dir, "qwen2", seed=6)
     log.unlink()
     assert run("train", str(config), "run.name=halves", "train.steps=16", log=log) == 1
     assert "teachers.others.right (the files of teachers.others.right.model)" in log.read_text()

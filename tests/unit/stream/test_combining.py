@@ -17,7 +17,7 @@ from kdscale.evaluate.views import view_of
 from kdscale.spec import TargetSpec
 from kdscale.stream.combining import Mixture, Routed, mixed
 from kdscale.stream.prefetch import check_alignment
-from tests.conftest import make_model, make_tokenizer
+from tests.conftest import make_colleague
 from tests.served import Teacher, batch
 
 TOPK = TargetSpec("topk", k=8)
@@ -28,8 +28,7 @@ WEIGHTS = {"left": 0.25, "right": 0.75}
 
 @pytest.fixture(scope="module")
 def teachers(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Teacher]]:
-    other = make_tokenizer(tmp_path_factory.mktemp("other"))
-    make_model("llama", seed=5).save_pretrained(other)
+    other = make_colleague(tmp_path_factory.mktemp("other"), teacher_dir, "llama", seed=5)
     found = {"left": Teacher(teacher_dir), "right": Teacher(other)}
     yield found
     for teacher in found.values():
@@ -174,8 +173,8 @@ def test_a_mixture_of_samples_is_unbiased(teachers: dict[str, Teacher]):
         mean += dense / draws
         if number + 1 in (draws // 16, draws):
             off.append(float((mean * draws / (number + 1) - exact.logp_TV.exp()).abs().sum(1).mean()))
-    assert off[1] < 0.12, off
-    assert off[1] < 0.5 * off[0], "the error falls with the draws, as noise does and a bias would not"
+    # Sixteen times the draws: noise falls to a quarter, and a bias would stay.
+    assert off[1] < 0.3 * off[0], off
     entropies = [one.fetch(rows, SAMPLED).entropy_T for one in sources.values()]
     assert torch.allclose(found.entropy_T, WEIGHTS["left"] * entropies[0] + WEIGHTS["right"] * entropies[1])
     source.close()

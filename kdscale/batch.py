@@ -32,10 +32,13 @@ class TokenBatch:
     """int32; restarts at 0 with every segment, padding included."""
     predicts_RL: np.ndarray
     """bool; the positions trained on. Never true in the last column or on padding."""
+    routes_RL: np.ndarray | None = None
+    """int8; which of several teachers a document goes to, -1 on padding. None: there is no choice."""
 
     def __post_init__(self) -> None:
         shape = self.ids_RL.shape
-        for name, dtype in (("ids_RL", "i4"), ("segments_RL", "i4"), ("positions_RL", "i4"), ("predicts_RL", "?")):
+        planes = [("ids_RL", "i4"), ("segments_RL", "i4"), ("positions_RL", "i4"), ("predicts_RL", "?")]
+        for name, dtype in [*planes, *([("routes_RL", "i1")] if self.routes_RL is not None else [])]:
             array = getattr(self, name)
             if array.shape != shape or array.ndim != 2 or array.dtype != np.dtype(dtype):
                 raise PayloadError(f"{name} is {array.dtype}{array.shape}; it must be {dtype}{shape} in two dimensions")
@@ -57,7 +60,7 @@ class TokenBatch:
         return self.predicts_RL
 
     def planes(self) -> tuple[np.ndarray, ...]:
-        """Everything that makes a row what it is; row by row."""
+        """Everything that makes a row what a model reads; row by row."""
         return self.ids_RL, self.segments_RL, self.positions_RL, self.predicts_RL
 
     @property
@@ -85,8 +88,8 @@ class TokenBatch:
 
     def cut(self, rows: slice) -> "TokenBatch":
         """The given rows, as a batch of their own."""
-        names = ("ids_RL", "segments_RL", "positions_RL", "predicts_RL")
-        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+        names = ("ids_RL", "segments_RL", "positions_RL", "predicts_RL", "routes_RL")
+        return replace(self, **{name: one[rows] for name in names if (one := getattr(self, name)) is not None})
 
     def rows(self) -> "list[TokenBatch]":
         """Each row as a batch of its own."""
@@ -95,6 +98,31 @@ class TokenBatch:
     def untrained(self) -> "TokenBatch":
         """The same rows, of which none counts."""
         return replace(self, predicts_RL=np.zeros_like(self.predicts_RL))
+
+    def of_route(self, route: int) -> "TokenBatch":
+        """The documents of one route, moved together at the left of their rows; rows that train on none are left out.
+
+        Its trained positions are those of this batch that have the route, in their order.
+        """
+        assert self.routes_RL is not None
+        mine_RL = self.routes_RL == route
+        rows = (self.predicts_RL & mine_RL).any(1)
+        mine_RL = mine_RL[rows]
+        counts_R = mine_RL.sum(1)
+        columns = np.arange(counts_R.max(initial=0), dtype=np.int32)
+        order_RL = np.argsort(~mine_RL, axis=1, kind="stable")[:, : len(columns)]
+        used_RL = columns < counts_R[:, None]
+
+        def moved(plane_RL: np.ndarray, padding: np.ndarray | int) -> np.ndarray:
+            return np.where(used_RL, np.take_along_axis(plane_RL[rows], order_RL, 1), padding).astype(plane_RL.dtype)
+
+        return TokenBatch(
+            number=self.number,
+            ids_RL=moved(self.ids_RL, 0),
+            segments_RL=moved(self.segments_RL, PADDING_SEGMENT),
+            positions_RL=moved(self.positions_RL, columns),
+            predicts_RL=moved(self.predicts_RL, 0),
+        )
 
 
 _PATCH_PIXELS = 256

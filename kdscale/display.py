@@ -104,7 +104,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     million, mib = 1e6, 2**20
     if summary.get("kl_after") is not None:
-        table.add_row(f"KL to the teacher (nats/{unit})", "0", number("kl_before"), number("kl_after"))
+        taught = "teachers" if summary["teachers"] else "teacher"
+        table.add_row(f"KL to the {taught} (nats/{unit})", "0", number("kl_before"), number("kl_after"))
         table.add_row("top-1 agreement", "1", number("top1_agreement_before"), number("top1_agreement_after"))
     if summary["accuracy_after"] is not None:
         table.add_row("accuracy", number("accuracy_teacher"), number("accuracy_before"), number("accuracy_after"))
@@ -114,6 +115,9 @@ def summary_table(summary: dict[str, Any]) -> Table:
         number("perplexity_before", "{:.1f}"),
         number("perplexity_after", "{:.1f}"),
     )
+    for name, one in (summary["teachers"] or {}).items():
+        ranks = f"{one['ranks']} rank{'s' if one['ranks'] > 1 else ''}"
+        table.add_row(f"teacher {name}: parameters (M)", f"{one['parameters'] / million:.1f}, {ranks}", "", "")
     table.add_row(
         "parameters (M)",
         number("teacher_parameters", "{:.1f}", million),

@@ -98,10 +98,11 @@ def _token() -> Check:
 
 def _needs(config: RunConfig, cores: int, gpus: int) -> Iterator[Check]:
     ranks = topology_of(config.student.parallel).world
-    wanted = config.teacher.ranks * config.teacher.gpus_per_rank + ranks * config.student.gpus_per_rank
+    teachers = config.named_teachers.values()
+    wanted = sum(one.ranks * one.gpus_per_rank for one in teachers) + ranks * config.student.gpus_per_rank
     if config.cluster.address is None:
         yield Check("ok" if wanted <= gpus else "fail", "GPUs the config needs", f"{wanted}, this machine has {gpus}")
-        threads = config.teacher.ranks * config.teacher.cpus_per_rank + ranks * config.student.cpus_per_rank
+        threads = sum(one.ranks * one.cpus_per_rank for one in teachers) + ranks * config.student.cpus_per_rank
         verdict: Verdict = "ok" if threads <= 2 * cores else "warn"
         yield Check(verdict, "threads the config starts", f"{threads} on {cores} cores")
     port = config.stream.directory_port
@@ -110,8 +111,11 @@ def _needs(config: RunConfig, cores: int, gpus: int) -> Iterator[Check]:
             taken = probe.connect_ex(("127.0.0.1", port)) == 0
         found = f"{port} is taken; set stream.directory_port" if taken else f"{port} is free"
         yield Check("fail" if taken else "ok", "directory port", found)
-    if config.teacher.model.startswith((".", "/")) or Path(config.teacher.model).exists():
-        there = (Path(config.teacher.model) / "config.json").is_file()
-        yield Check(
-            "ok" if there else "fail", "teacher.model", config.teacher.model + ("" if there else " is not there")
-        )
+    for name, model in [("teacher", config.teacher.model), *_others(config)]:
+        if model.startswith((".", "/")) or Path(model).exists():
+            there = (Path(model) / "config.json").is_file()
+            yield Check("ok" if there else "fail", f"{name}.model", model + ("" if there else " is not there"))
+
+
+def _others(config: RunConfig) -> list[tuple[str, str]]:
+    return [(f"teachers.others.{name}", one.model) for name, one in config.teachers.others.items()]

@@ -159,8 +159,12 @@ def host_memory(config: RunConfig, *, teacher: bool, student: bool) -> int | Non
     parameters, trained = student_parameters(config.student, files)
     if files.parameters is None or files.file_bytes is None or parameters is None or trained is None:
         return None
-    replica = files.parameters * item_bytes(config.teacher.dtype, 0)
-    needed = config.teacher.replicas * replica + files.file_bytes if teacher else 0
+    needed = 0
+    for one in config.named_teachers.values() if teacher else ():
+        theirs = read_model(one.model)
+        if theirs.parameters is None or theirs.file_bytes is None:
+            return None
+        needed += one.replicas * theirs.parameters * item_bytes(one.dtype, 0) + theirs.file_bytes
     if not student:
         return needed
     parallel, width = config.student.parallel, item_bytes(student_dtype(config), 0)

@@ -22,6 +22,7 @@ import numpy as np
 from kdscale.cluster.security import Authority, needs_tls
 from kdscale.config.schema import RunConfig
 from kdscale.config.sections import GenerateSection
+from kdscale.config.teachers import require_one_teacher
 from kdscale.data.corpus import Split
 from kdscale.data.images import Pixels
 from kdscale.data.reading import RunCorpus
@@ -47,6 +48,7 @@ def generate(job: Job, out: Path) -> None:
     config = job.config
     if config.task != "language-modelling":
         raise ConfigError(f"task = {config.task}: only language models write; use task: language-modelling")
+    require_one_teacher(config, "kdscale generate")
     prepared = prepare(config)
     tokenizer, corpus = prepared.reader, corpus_of(config, prepared, job.display.count)
     assert isinstance(corpus.train, Split)
@@ -64,14 +66,15 @@ def generate(job: Job, out: Path) -> None:
         slots = place(job, stack, student=False)
         credentials = Authority().issue() if needs_tls(config.stream) else None
         sampling = sampling_of(config)
-        setup = replica_setup(config, prepared, secrets.token_hex(32), credentials)
+        ((name, groups),) = slots.teachers.items()
+        setup = replica_setup(config, prepared, name, secrets.token_hex(32), credentials)
         authors: queue.SimpleQueue[Author] = queue.SimpleQueue()
-        for number, group in enumerate(slots.teachers):
+        for number, group in enumerate(groups):
             author = Author(setup, group, f"replica-{number}", config.generate, sampling, job.stop)
             stack.callback(author.kill)
             authors.put(author)
         job.display.phase("loading the teacher")
-        _write_all(job, prompts, tokenizer, authors, len(slots.teachers), writing)
+        _write_all(job, prompts, tokenizer, authors, len(groups), writing)
     job.display.close()
     print(
         f"{out}: {writing.lines} continuations of {len(prompts)} prompts; {writing.left_out} empty ones were left out"

@@ -49,6 +49,8 @@ _KINDS: dict[str, Kind] = {
     "teacher.restarts": "free",
     "teacher.restart_wait_seconds": "free",
     "teacher.restart_forget_seconds": "free",
+    # Each of the others like the main one, see `kind_of`.
+    "teachers": "meaning",
     "student.model": "free",
     "student.files": "student",
     "student.init": "student",
@@ -119,6 +121,8 @@ _ABSENT = "nothing"
 def kind_of(name: str) -> Kind:
     """The kind of a setting by its dotted name; one that is not listed counts as meaning."""
     parts = name.split(".")
+    if parts[:2] == ["teachers", "others"] and len(parts) > 3:
+        parts = ["teacher", *parts[3:]]
     for length in range(len(parts), 0, -1):
         if (kind := _KINDS.get(".".join(parts[:length]))) is not None:
             return kind
@@ -141,6 +145,10 @@ def settings(config: RunConfig) -> dict[str, Any]:
         del found["train.steps"]
     if config.student.lora is None:
         del found["student.lora"]
+    if not config.teachers.others:
+        found = {name: value for name, value in found.items() if not name.startswith("teachers.")}
+    if config.data.teacher_column is None:
+        del found["data.teacher_column"]
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
@@ -162,6 +170,9 @@ def _leaves(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
         name = f"{prefix}{field}"
         if isinstance(value, BaseModel) and not isinstance(value, Schedule):
             yield from _leaves(value, f"{name}.")
+        elif isinstance(value, dict) and any(isinstance(one, BaseModel) for one in value.values()):
+            for key, one in value.items():
+                yield from _leaves(one, f"{name}.{key}.")
         elif name == "deepspeed":
             yield from _flat(value, "deepspeed.")
         else:
@@ -176,6 +187,12 @@ def _flat(fields: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
+def _explained(name: str) -> str | None:
+    if name.startswith("teachers.others.") and name.count(".") == 2:
+        return f"the files of {name}.model"
+    return _EXPLAINED.get(name)
+
+
 @dataclass(frozen=True)
 class Change:
     """One setting that is not what it was when the checkpoint was written."""
@@ -186,7 +203,7 @@ class Change:
     kind: Kind
 
     def line(self) -> str:
-        what = f" ({_EXPLAINED[self.name]})" if self.name in _EXPLAINED else ""
+        what = f" ({explained})" if (explained := _explained(self.name)) else ""
         return f"{self.name}{what}: checkpoint {self.then!r}, now {self.now!r}"
 
 

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from kdscale import identity as identities
 from kdscale.config.schema import RunConfig
+from kdscale.config.teachers import ALONE
 from kdscale.data.examples import Reader
 from kdscale.data.images import Pixels
 from kdscale.data.reading import RunCorpus, load_reader, read_corpus
@@ -22,18 +23,28 @@ from kdscale.engine.models import classifier_config, student_pixels
 from kdscale.engine.settings import check_settings, student_dtype
 from kdscale.engine.shards import Shards
 from kdscale.errors import CheckpointError, IdentityError, ModelError
-from kdscale.stream.protocol import Meaning
+from kdscale.stream.protocol import Known, Meaning
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A run's inputs, found and checked."""
 
-    teacher_directory: Path
+    teachers: dict[str, Known]
+    """By name, the main one first."""
     reader: Reader
-    meaning: Meaning
     classes: tuple[str, ...] = ()
     """Names of a classifier's classes."""
+
+    @property
+    def teacher_directory(self) -> Path:
+        """Of the main teacher."""
+        return Path(next(iter(self.teachers.values())).directory)
+
+    @property
+    def meaning(self) -> Meaning:
+        """Of the main teacher."""
+        return next(iter(self.teachers.values())).meaning
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -44,7 +55,8 @@ def prepare(config: RunConfig) -> Prepared:
         IdentityError: another tokenizer than the teacher's, or classes in another order.
     """
     check_settings(config)
-    directory = resolve_model(config.teacher.model)
+    directories = {name: resolve_model(teacher.model) for name, teacher in config.named_teachers.items()}
+    directory = next(iter(directories.values()))
     if config.task != "language-modelling":
         return _prepare_classifier(config, directory)
     require_sound(str(directory))
@@ -52,19 +64,24 @@ def prepare(config: RunConfig) -> Prepared:
     _require_same_tokenizer(config, teacher_tokenizer)
     if config.student.parallel.pipeline > 1:
         require_pipeline_family(config.student, directory)
+    teachers = {name: Known(str(one.absolute()), _meaning(one, teacher_tokenizer)) for name, one in directories.items()}
+    return Prepared(teachers, teacher_tokenizer)
+
+
+def _meaning(directory: Path, tokenizer: Tokenizer) -> Meaning:
+    """Raises: ModelError."""
     text = load_config(directory).get_text_config()
-    if text.vocab_size < teacher_tokenizer.vocab_size:
+    if text.vocab_size < tokenizer.vocab_size:
         raise ModelError(
-            f"{directory}: the tokenizer has {teacher_tokenizer.vocab_size} ids, the model only {text.vocab_size};"
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} ids, the model only {text.vocab_size};"
             " they don't belong together"
         )
-    meaning = Meaning(
+    return Meaning(
         teacher=model_digest(directory),
-        tokenizer=teacher_tokenizer.fingerprint,
-        vocab_size=teacher_tokenizer.vocab_size,
+        tokenizer=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
         hidden_size=text.hidden_size,
     )
-    return Prepared(directory, teacher_tokenizer, meaning)
 
 
 def _prepare_classifier(config: RunConfig, directory: Path) -> Prepared:
@@ -87,7 +104,8 @@ def _prepare_classifier(config: RunConfig, directory: Path) -> Prepared:
         task=config.task,
         input_size=input_size,
     )
-    return Prepared(directory, reader, meaning, classifiers.class_names(teacher))
+    known = Known(str(directory.absolute()), meaning)
+    return Prepared({ALONE: known}, reader, classifiers.class_names(teacher))
 
 
 def _require_room(config: RunConfig, models: dict[str, PretrainedConfig], num_ids: int) -> None:
@@ -110,6 +128,9 @@ def _require_same_tokenizer(config: RunConfig, teacher: Tokenizer) -> None:
         student = resolve_model(config.student.model)
         if any((student / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             others["student.model"] = str(student)
+    others |= {
+        f"teachers.others.{name}.model": str(resolve_model(one.model)) for name, one in config.teachers.others.items()
+    }
     for name, path in others.items():
         if path is None:
             continue
@@ -124,7 +145,7 @@ def _require_same_tokenizer(config: RunConfig, teacher: Tokenizer) -> None:
 
 def corpus_of(config: RunConfig, prepared: Prepared, progress: Callable[[int, int | None, str], None]) -> RunCorpus:
     """The corpus as models read it, from the cache where it was made before. Raises: DataError."""
-    return read_corpus(config.task, config.data, prepared.reader, prepared.classes, progress)
+    return read_corpus(config.task, config.data, prepared.reader, prepared.classes, progress, config.routing)
 
 
 def run_identity(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
@@ -134,6 +155,7 @@ def run_identity(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "teacher": prepared.meaning.teacher,
         "tokenizer": prepared.meaning.tokenizer,
     }
+    identity |= {f"teachers.others.{name}": prepared.teachers[name].meaning.teacher for name in config.teachers.others}
     # Ranks know what `auto` stands for; what they resolved is in a checkpoint's notes.
     del identity["student.dtype"]
     if config.student.init == "model" and config.student.model is not None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from kdscale.batch import TokenBatch
 from kdscale.config.schema import RunConfig
+from kdscale.config.teachers import require_one_teacher
 from kdscale.data.reading import make_loader
 from kdscale.engine import process
 from kdscale.engine.models import base_hidden, build_student, head_of, load_causal_lm
@@ -105,6 +106,7 @@ def load_positions(config: RunConfig, tokens: int) -> tuple[Positions, float]:
     device = torch.device("cuda" if config.student.gpus_per_rank and torch.cuda.is_available() else "cpu")
     process.set_threads(config.student.cpus_per_rank, deterministic=config.run.deterministic)
     process.set_seed(config.run.seed)
+    require_one_teacher(config, "kdscale probe")
     prepared = prepare(config)
     corpus = corpus_of(config, prepared, lambda done, total, what: None)
     rows = -(-tokens // (config.data.row_tokens - 1))

@@ -5,6 +5,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from kdscale.config.teachers import require_one_teacher
 from kdscale.prepare import corpus_of, prepare
 from kdscale.record import Recorder
 from kdscale.start import Job, OwnTeacher, Stopped, load_access, place, start_replicas, start_teacher
@@ -38,27 +39,31 @@ def join(job: Job, access_file: Path) -> None:
     prepared = prepare(job.config)
     with ExitStack() as stack:
         # Before anything is started: whether the run is there, and wants a teacher of this meaning.
-        registry = RemoteRegistry(access, prepared.meaning)
-        stack.callback(registry.close)
+        registries = {name: RemoteRegistry(access, known.meaning, name) for name, known in prepared.teachers.items()}
+        for registry in registries.values():
+            stack.callback(registry.close)
         slots = place(job, stack, student=False)
-        teacher = start_replicas(job, prepared, slots, registry, access, f"joined-{secrets.token_hex(4)}", stack)
+        prefix = f"joined-{secrets.token_hex(4)}-"
+        teacher = start_replicas(job, prepared, slots, registries, access, prefix, stack)
         ready(job, teacher, None)
         job.display.phase(f"serving the run whose directory is {access.directory} (Ctrl-C leaves it)")
         while not job.stop.wait(POLL_S):
             show(teacher.events(), job.display)
-            if registry.fault is not None and access_file.exists():
-                raise registry.fault
+            faults = [registry.fault for registry in registries.values() if registry.fault is not None]
+            if faults and access_file.exists():
+                raise faults[0]
             if not access_file.exists():
                 job.display.phase("the run has ended")
                 return
-        leave(job, teacher, registry)
+        leave(job, teacher, [*registries.values()])
     raise Stopped("the teacher has left the run")
 
 
-def leave(job: Job, teacher: OwnTeacher, registry: RemoteRegistry) -> None:
+def leave(job: Job, teacher: OwnTeacher, registries: list[RemoteRegistry]) -> None:
     """Take no further request, and finish those in hand within the grace."""
     job.display.phase("leaving the run after the requests in hand")
-    registry.leave()
+    for registry in registries:
+        registry.leave()
     # A student may use what it knew of the directory until it asks again, and a heartbeat is as old as its period.
     until = time.monotonic() + _LEAVING_S
     deadline = time.monotonic() + job.config.cluster.grace_seconds - _TEARDOWN_S
@@ -69,6 +74,7 @@ def leave(job: Job, teacher: OwnTeacher, registry: RemoteRegistry) -> None:
 
 def record(job: Job, directory: Path) -> None:
     """Score the training text once and leave the targets in ``directory``. Raises: KdscaleError, Stopped."""
+    require_one_teacher(job.config, "kdscale record")
     prepared = prepare(job.config)
     with ExitStack() as stack:
         teacher = start_teacher(job, prepared, place(job, stack, student=False), stack)

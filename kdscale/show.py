@@ -28,10 +28,11 @@ _REFERENCE_TOKENS_PER_SECOND = 10_000
 def show(config: RunConfig, console: Console) -> None:
     """Print everything about ``config`` that can be known without starting it. Raises: ConfigError."""
     check_settings(config)
-    teacher = read_model(config.teacher.model)
+    teachers = {name: read_model(one.model) for name, one in config.named_teachers.items()}
+    teacher = next(iter(teachers.values()))
     console.print("[bold]config[/bold]")
     console.print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), markup=False, highlight=False)
-    console.print(_layout(config), _batches(config), _memory(config, teacher), _stream(config, teacher))
+    console.print(_layout(config), _batches(config), _memory(config, teachers), _stream(config, teacher))
 
 
 def _table(title: str) -> Table:
@@ -43,23 +44,41 @@ def _table(title: str) -> Table:
 
 def _layout(config: RunConfig) -> Table:
     table = _table("ranks")
-    teacher, student = config.teacher, config.student
+    student = config.student
     parallel = student.parallel
     ranks = topology_of(parallel).world
-    sharding = f"ZeRO-3 over {teacher.ranks} ranks" if teacher.ranks > 1 else "one rank, not sharded"
-    replicas = f"{teacher.replicas} replicas: " if teacher.replicas > 1 else ""
     live = not needs_no_teacher(config.targets)
-    each = f"{replicas}{sharding}; {teacher.cpus_per_rank} CPU, {teacher.gpus_per_rank} GPU each"
-    table.add_row("teacher", each if live else f"starts none: targets.source = {config.targets.source}")
+    for name, teacher in config.named_teachers.items():
+        sharding = f"ZeRO-3 over {teacher.ranks} ranks" if teacher.ranks > 1 else "one rank, not sharded"
+        replicas = f"{teacher.replicas} replicas: " if teacher.replicas > 1 else ""
+        each = f"{replicas}{sharding}; {teacher.cpus_per_rank} CPU, {teacher.gpus_per_rank} GPU each"
+        each = each if live else f"starts none: targets.source = {config.targets.source}"
+        table.add_row(_label(config, name), f"{each}{_part_of(config, name)}")
     table.add_row(
         "student",
         f"{parallel.pipeline} pipeline x {parallel.data} data = {ranks} ranks, ZeRO-{config.zero_stage};"
         f" {student.cpus_per_rank} CPU, {student.gpus_per_rank} GPU each",
     )
-    teachers = teacher.replicas * teacher.ranks if live else 0
-    cpus = teachers * teacher.cpus_per_rank + ranks * student.cpus_per_rank
-    table.add_row("in all", f"{cpus} CPU, {teachers * teacher.gpus_per_rank + ranks * student.gpus_per_rank} GPU")
+    served = config.named_teachers.values() if live else ()
+    cpus = sum(one.replicas * one.ranks * one.cpus_per_rank for one in served) + ranks * student.cpus_per_rank
+    gpus = sum(one.replicas * one.ranks * one.gpus_per_rank for one in served) + ranks * student.gpus_per_rank
+    table.add_row("in all", f"{cpus} CPU, {gpus} GPU")
     return table
+
+
+def _label(config: RunConfig, name: str) -> str:
+    return f"teacher {name}" if config.teachers.others else "teacher"
+
+
+def _part_of(config: RunConfig, name: str) -> str:
+    """What of the training text a teacher among several has to say."""
+    teachers = config.teachers
+    if not teachers.others:
+        return ""
+    if teachers.combine == "mixture":
+        return f"; weight {teachers.weights[name]:g} in the mixture"
+    unnamed = ", and those that name none" if name == teachers.default else ""
+    return f"; documents with {config.data.teacher_column} = {name}{unnamed}"
 
 
 def _batches(config: RunConfig) -> Table:
@@ -72,15 +91,15 @@ def _batches(config: RunConfig) -> Table:
     return table
 
 
-def _memory(config: RunConfig, files: ModelFiles) -> Table:
+def _memory(config: RunConfig, files: dict[str, ModelFiles]) -> Table:
     table = _table("estimated memory (activations not counted)")
-    teacher, student = config.teacher, config.student
-    if not needs_no_teacher(config.targets):
-        width = item_bytes(teacher.dtype, teacher.gpus_per_rank)
-        for name, size in teacher_memory(files, teacher.ranks, width).items():
-            table.add_row(f"teacher: {name}", _size(size))
-        table.add_row("teacher: parameters", _count(files.parameters))
-    parameters, trained = student_parameters(student, files)
+    student = config.student
+    for name, teacher in config.named_teachers.items() if not needs_no_teacher(config.targets) else ():
+        label, width = _label(config, name), item_bytes(teacher.dtype, teacher.gpus_per_rank)
+        for what, size in teacher_memory(files[name], teacher.ranks, width).items():
+            table.add_row(f"{label}: {what}", _size(size))
+        table.add_row(f"{label}: parameters", _count(files[name].parameters))
+    parameters, trained = student_parameters(student, next(iter(files.values())))
     table.add_row("student: parameters", f"{_count(parameters)}, {_count(trained)} of them trained")
     if parameters is None or trained is None:
         table.add_row("student: model states per rank", UNKNOWN)
@@ -110,7 +129,9 @@ def _stream(config: RunConfig, teacher: ModelFiles) -> Table:
     if spec.payload == "hidden" and teacher.hidden_size is None:
         table.add_row(f"bytes per {unit}", UNKNOWN)
         return table
-    size = row_bytes(spec, outcomes, teacher.hidden_size or 0)
+    # A mixture is made where it is learned from: every teacher sends its part.
+    parts = len(config.named_teachers) if config.teachers.weights else 1
+    size = parts * row_bytes(spec, outcomes, teacher.hidden_size or 0)
     per_step = size * config.train.batch_rows * _positions(config)
     in_flight = size * config.train.micro_rows * _positions(config) * config.stream.in_flight
     most = "at most " if spec.payload == "sampled" else ""

@@ -3,7 +3,7 @@
 import secrets
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,28 +54,42 @@ class Job:
         return Path(self.config.run.dir) / self.config.run.name
 
 
-class OwnTeacher:
-    """The replicas this process keeps, known to a directory of its own or to that of the run they have joined."""
+@dataclass(frozen=True)
+class Replicas:
+    """Those of one teacher that this process keeps, and where they are known."""
 
-    def __init__(self, guards: list[ReplicaGuard], registry: Registry, access: Access) -> None:
-        self._guards = guards
-        self._registry = registry
+    guards: list[ReplicaGuard]
+    registry: Registry
+
+    def require_hope(self) -> None:
+        """Raises: the fault of a replica, usually a TeacherError, when all are lost for good and none has joined."""
+        faults = [guard.fault for guard in self.guards if guard.fault is not None]
+        if len(faults) == len(self.guards) and not self.registry.has_hope:
+            raise faults[0]
+
+
+class OwnTeacher:
+    """The replicas this process keeps, of one teacher or of several, known to a directory of its own or to that of the run they
+    have joined."""
+
+    def __init__(self, teachers: list[Replicas], access: Access) -> None:
+        self._teachers = teachers
+        self._guards = [guard for one in teachers for guard in one.guards]
         self.access = access
 
     @property
     def serves(self) -> bool:
-        """Whether a replica has served yet."""
-        return any(guard.served for guard in self._guards)
+        """Whether a replica of every teacher has served yet."""
+        return all(any(guard.served for guard in one.guards) for one in self._teachers)
 
     def events(self) -> list[dict[str, Any]]:
         """What happened since the last call.
 
-        Raises: the fault of a replica, usually a TeacherError, when all are lost for good and none has joined.
+        Raises: see ``Replicas.require_hope``, for any teacher.
         """
         happened = [{"kind": "phase", "phase": phase} for guard in self._guards for phase in guard.phases()]
-        faults = [guard.fault for guard in self._guards if guard.fault is not None]
-        if len(faults) == len(self._guards) and not self._registry.has_hope:
-            raise faults[0]
+        for one in self._teachers:
+            one.require_hope()
         return happened
 
     def invite(self, path: Path, stack: ExitStack) -> None:
@@ -100,10 +114,13 @@ class ServedTeacher:
         """Ask its directory. Raises: TeacherError, IdentityError, StreamError."""
         self.serves = True
         self.access = load_access(access_file, stream)
-        listing = list_endpoints(self.access)
-        if not (listing.endpoints or listing.rebuilding):
-            raise TeacherError(f"the directory at {self.access.directory} ({access_file}) knows no live endpoint")
-        require_same_meaning(prepared.meaning, listing.meaning)
+        for name, known in prepared.teachers.items():
+            listing = list_endpoints(self.access, name)
+            if not (listing.endpoints or listing.rebuilding):
+                raise TeacherError(
+                    f"the directory at {self.access.directory} ({access_file}) knows no live endpoint of {name!r}"
+                )
+            require_same_meaning(known.meaning, listing.meaning)
 
     def invite(self, path: Path, stack: ExitStack) -> None:
         """Who wants to join a teacher asks those who serve it."""
@@ -147,8 +164,8 @@ def load_access(access_file: Path, stream: StreamSection) -> Access:
 
 @dataclass(frozen=True)
 class Slots:
-    teachers: list[PlacementGroup]
-    """One a replica; none where somebody else serves the teacher, or nobody does."""
+    teachers: dict[str, list[PlacementGroup]]
+    """By teacher, one a replica; none where somebody else serves the teachers, or nobody does."""
     student: PlacementGroup | None
 
 
@@ -161,12 +178,14 @@ def place(job: Job, stack: ExitStack, *, student: bool = True) -> Slots:
         if needed is not None:
             require_memory(needed, "what starts here (weights, and of a student gradients and optimizer)")
     job.display.phase("starting Ray" if config.cluster.address is None else "joining the Ray cluster")
-    teachers = [] if elsewhere else [teacher_ask(config.teacher)] * config.teacher.replicas
+    asks = {name: [teacher_ask(teacher)] * teacher.replicas for name, teacher in config.named_teachers.items()}
+    teachers = {} if elsewhere else asks
     students = [student_ask(config.student)] if student else []
-    stack.enter_context(cluster(config.cluster, [*teachers, *students], supervise.temp_dir()))
+    every = [*(ask for asked in teachers.values() for ask in asked), *students]
+    stack.enter_context(cluster(config.cluster, every, supervise.temp_dir()))
     stop_on_signals(job.stop)
-    groups = [stack.enter_context(reserve(ask, config.cluster.wait_seconds)) for ask in [*teachers, *students]]
-    return Slots(groups[: len(teachers)], groups[-1] if students else None)
+    groups = iter([stack.enter_context(reserve(ask, config.cluster.wait_seconds)) for ask in every])
+    return Slots({name: [next(groups) for _ in asked] for name, asked in teachers.items()}, next(groups, None))
 
 
 def stop_on_signals(stop: threading.Event) -> None:
@@ -189,17 +208,21 @@ def start_teacher(job: Job, prepared: Prepared, slots: Slots, stack: ExitStack) 
     token = secrets.token_hex(32)
     credentials = Authority().issue() if needs_tls(config.stream) else None
     host, _ = address_in(config.stream.network)
-    directory = DirectoryServer(host, config.stream.directory_port, token, prepared.meaning, credentials)
+    meanings = {name: known.meaning for name, known in prepared.teachers.items()}
+    directory = DirectoryServer(host, config.stream.directory_port, token, meanings, credentials)
     access = Access(directory.address, token, credentials)
-    return start_replicas(job, prepared, slots, directory, access, "replica", stack)
+    registries: dict[str, Registry] = {name: directory.of(name) for name in meanings}
+    return start_replicas(job, prepared, slots, registries, access, "", stack)
 
 
-def replica_setup(config: RunConfig, prepared: Prepared, token: str, credentials: Credentials | None) -> ReplicaSetup:
-    """What the ranks of the config's teacher are told."""
+def replica_setup(
+    config: RunConfig, prepared: Prepared, teacher: str, token: str, credentials: Credentials | None
+) -> ReplicaSetup:
+    """What the ranks of the config's teacher of the name are told."""
     return ReplicaSetup(
-        teacher=config.teacher,
-        directory=str(prepared.teacher_directory.absolute()),
-        meaning=prepared.meaning,
+        teacher=config.named_teachers[teacher],
+        directory=prepared.teachers[teacher].directory,
+        meaning=prepared.teachers[teacher].meaning,
         network=config.stream.network,
         token=token,
         credentials=credentials,
@@ -208,16 +231,28 @@ def replica_setup(config: RunConfig, prepared: Prepared, token: str, credentials
 
 
 def start_replicas(
-    job: Job, prepared: Prepared, slots: Slots, registry: Registry, access: Access, name: str, stack: ExitStack
+    job: Job,
+    prepared: Prepared,
+    slots: Slots,
+    registries: Mapping[str, Registry],
+    access: Access,
+    prefix: str,
+    stack: ExitStack,
 ) -> OwnTeacher:
-    """Let replicas ``name-0``, ``name-1``, ... load, to be known to ``registry``, which ``access`` opens."""
-    job.display.phase("loading the teacher")
-    setup = replica_setup(job.config, prepared, access.token, access.credentials)
-    guards = [ReplicaGuard(setup, group, registry, f"{name}-{n}") for n, group in enumerate(slots.teachers)]
-    for guard in guards:
-        stack.callback(guard.stop)
-        guard.start()
-    return OwnTeacher(guards, registry, access)
+    """Let the replicas of all teachers load, to be known to their registries, which ``access`` opens. They are called
+    ``replica-0``, ``replica-1``, ..., those of several teachers after their teacher, all behind ``prefix``."""
+    several = len(slots.teachers) > 1
+    job.display.phase(f"loading the teachers {', '.join(slots.teachers)}" if several else "loading the teacher")
+    teachers = []
+    for name, groups in slots.teachers.items():
+        setup = replica_setup(job.config, prepared, name, access.token, access.credentials)
+        called = f"{prefix}{name if several else 'replica'}"
+        guards = [ReplicaGuard(setup, group, registries[name], f"{called}-{n}") for n, group in enumerate(groups)]
+        teachers.append(Replicas(guards, registries[name]))
+        for guard in guards:
+            stack.callback(guard.stop)
+            guard.start()
+    return OwnTeacher(teachers, access)
 
 
 def start_students(
@@ -235,9 +270,8 @@ def start_students(
     job.display.phase("building the student")
     setup = StudentSetup(
         config=job.config,
-        meaning=prepared.meaning,
+        teachers=prepared.teachers,
         identity=identity,
-        teacher_directory=str(prepared.teacher_directory.absolute()),
         run_directory=str(job.directory.absolute()),
         resume_from=str(checkpoint.directory.absolute()) if checkpoint else None,
     )

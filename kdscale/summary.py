@@ -73,6 +73,7 @@ def make_summary(
         "teacher_tokens_per_rank": [stats["tokens"] for stats in teacher_stats],
         "teacher_forwards": sum(stats["forwards"] for stats in teacher_stats if stats["rank"] == 0),
         "dummy_token_share": dummy / (real + dummy) if real + dummy else None,
+        "teachers": _teachers(config, teacher_stats) if config.teachers.others else None,
         "payload": config.targets.payload if soft else None,
         "bytes_per_token": _bytes_per_token(config, prepared, report) if soft else None,
         "teacher_wait_share": totals["wait_seconds"] / totals["seconds"] if totals["seconds"] else None,
@@ -103,10 +104,30 @@ def make_summary(
     return summary
 
 
+def _teachers(config: RunConfig, teacher_stats: list[dict[str, Any]]) -> dict[str, Any]:
+    """Each of several teachers by name, as of the end."""
+    found = {}
+    for name in config.named_teachers:
+        ranks = [stats for stats in teacher_stats if stats["teacher"] == name]
+        found[name] = {
+            "parameters": ranks[0]["parameters"],
+            "dtype": ranks[0]["dtype"],
+            "replicas": len({stats["replica"] for stats in ranks}),
+            "ranks": len(ranks),
+            "restarts": sum(stats["generation"] for stats in ranks if stats["rank"] == 0),
+            "forwards": sum(stats["forwards"] for stats in ranks if stats["rank"] == 0),
+            "tokens_per_rank": [stats["tokens"] for stats in ranks],
+            "targets": sum(stats["targets"] for stats in ranks),
+        }
+    return found
+
+
 def _bytes_per_token(config: RunConfig, prepared: Prepared, report: dict[str, Any]) -> float:
     """Of a trained position: as the layout has it, or as received where that depends on the text."""
     spec, meaning = config.target_spec(0), prepared.meaning
+    parts = len(config.named_teachers) if config.teachers.weights else 1
     received = report["received"].get(spec.payload)
     if spec.payload == "sampled" and received is not None:
-        return received["bytes"] / received["tokens"]
-    return row_bytes(spec, meaning.vocab_size, meaning.hidden_size)
+        # A mixture's tokens are counted once for each teacher.
+        return parts * received["bytes"] / received["tokens"]
+    return parts * row_bytes(spec, meaning.vocab_size, meaning.hidden_size)

@@ -95,9 +95,8 @@ def train(config: RunConfig, given: argparse.Namespace) -> int:
     resume_from = process.text_of_ranks(resume_from, device)[0]
     setup = StudentSetup(
         config=config,
-        meaning=prepared.meaning,
+        teachers=prepared.teachers,
         identity=identity,
-        teacher_directory=str(prepared.teacher_directory.absolute()),
         run_directory=str(directory.absolute()),
         resume_from=resume_from or None,
     )

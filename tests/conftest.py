@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,14 @@ def make_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
                 parameter.mul_(6.0)
     model.config.use_cache = False
     return model
+
+
+def make_colleague(directory: Path, teacher_dir: Path, family: str, seed: int) -> Path:
+    """Another model with the very tokenizer of ``teacher_dir``: training one again breaks ties in another way."""
+    make_model(family, seed).save_pretrained(directory)
+    for file in teacher_dir.glob("*token*"):
+        shutil.copy(file, directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

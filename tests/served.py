@@ -10,6 +10,7 @@ import torch
 
 from kdscale.batch import TokenBatch
 from kdscale.config.sections import StreamSection
+from kdscale.config.teachers import ALONE
 from kdscale.data.tokenizer import load_tokenizer
 from kdscale.engine.settings import teacher_settings
 from kdscale.engine.sharding import InferenceModel
@@ -40,8 +41,8 @@ class Teacher:
         self.thread = threading.Thread(target=self.scorer.serve)
         self.thread.start()
         self.server = TargetServer("127.0.0.1", TOKEN, self.meaning, self.scorer)
-        self.directory = DirectoryServer("127.0.0.1", 0, TOKEN, self.meaning)
-        self.directory.publish("replica-0", [self.endpoint()])
+        self.directory = DirectoryServer("127.0.0.1", 0, TOKEN, {ALONE: self.meaning})
+        self.directory.of(ALONE).publish("replica-0", [self.endpoint()])
 
     def endpoint(self) -> Endpoint:
         return Endpoint("replica-0", 0, 0, self.server.address)

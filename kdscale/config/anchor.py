@@ -23,6 +23,8 @@ def anchored(config: RunConfig, base: Path) -> RunConfig:
     for section, name in _MADE | _FOUND:
         if (value := fields[section][name]) is not None:
             fields[section][name] = at_base(value, made=(section, name) in _MADE)
+    for other in fields["teachers"]["others"].values():
+        other["model"] = at_base(other["model"])
     for section, name in _LISTED:
         fields[section][name] = [at_base(value) for value in fields[section][name]]
     return RunConfig.model_validate(fields)

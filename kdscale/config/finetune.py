@@ -36,7 +36,7 @@ def load_finetune(path: str | Path, overrides: list[str] | None = None) -> RunCo
 
 
 def _require_no_teacher(given: Given) -> None:
-    for name in ("teacher", "targets"):
+    for name in ("teacher", "teachers", "targets"):
         if given.fields.get(name) is not None:
             raise ConfigError(
                 f"{_place(given, name)}: {name}: fine-tuning learns from the true labels alone; remove the section (or set"

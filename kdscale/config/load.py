@@ -162,6 +162,9 @@ def _fields_of(parts: list[str]) -> list[str]:
     """Field names of the section at ``parts``."""
     model: type[BaseModel] = RunConfig
     for part in parts:
+        # The next part of a mapping's key is a name in it, not a field.
+        if part not in model.model_fields:
+            continue
         annotation = model.model_fields[part].annotation
         options = [annotation, *get_args(annotation), *(one for arg in get_args(annotation) for one in get_args(arg))]
         model = next(one for one in options if isinstance(one, type) and issubclass(one, BaseModel))

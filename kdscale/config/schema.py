@@ -21,6 +21,7 @@ from kdscale.config.sections import (
     TeacherSection,
     TrainSection,
 )
+from kdscale.config.teachers import ALONE, Routing, TeachersSection, require_combinable
 from kdscale.spec import ENCODINGS, SUPPORT, TargetSpec, Task
 
 # From a fault's deadline until the directory tells of it.
@@ -38,7 +39,9 @@ class RunConfig(Section):
     data: DataSection
     """Text, tokenizer and packing."""
     teacher: TeacherSection
-    """The served model."""
+    """The served model; of several the main one, whose tokenizer all have and whose layers a student may start from."""
+    teachers: TeachersSection = TeachersSection()
+    """Further teachers."""
     student: StudentSection = StudentSection()
     """The trained model."""
     targets: TargetsSection = TargetsSection()
@@ -67,6 +70,18 @@ class RunConfig(Section):
         """ZeRO stage of the student."""
         stage: int = self.deepspeed.get("zero_optimization", {}).get("stage", 0)
         return stage
+
+    @property
+    def named_teachers(self) -> dict[str, TeacherSection]:
+        """All teachers, the main one first."""
+        others = self.teachers.others
+        return {self.teachers.main: self.teacher, **others} if others else {ALONE: self.teacher}
+
+    @property
+    def routing(self) -> Routing | None:
+        """How documents find their teacher; none where they don't need to."""
+        column = self.data.teacher_column
+        return None if column is None else Routing(column, tuple(self.named_teachers), self.teachers.default)
 
     def target_spec(self, step: int) -> TargetSpec:
         """What step ``step`` (from 0) asks the teacher for."""
@@ -117,13 +132,19 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _patience(self) -> "RunConfig":
-        teacher, give_up_s = self.teacher, self.stream.give_up_seconds
-        if teacher.restarts and give_up_s <= teacher.heartbeat_seconds + _NOTICE_S:
-            raise ValueError(
-                f"stream.give_up_seconds = {give_up_s:g}: students would give up before a lost teacher is noticed"
-                f" (teacher.heartbeat_seconds = {teacher.heartbeat_seconds:g} and {_NOTICE_S:g} s more); raise it, or set"
-                " teacher.restarts: 0"
-            )
+        give_up_s = self.stream.give_up_seconds
+        for teacher in self.named_teachers.values():
+            if teacher.restarts and give_up_s <= teacher.heartbeat_seconds + _NOTICE_S:
+                raise ValueError(
+                    f"stream.give_up_seconds = {give_up_s:g}: students would give up before a lost teacher is noticed"
+                    f" (teacher.heartbeat_seconds = {teacher.heartbeat_seconds:g} and {_NOTICE_S:g} s more); raise it, or"
+                    " set teacher.restarts: 0"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _teachers(self) -> "RunConfig":
+        require_combinable(self)
         return self
 
     @model_validator(mode="after")

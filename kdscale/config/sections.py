@@ -71,6 +71,8 @@ class DataSection(Section):
     """Whether a document ends with the tokenizer's end token."""
     tokenizer: str | None = None
     """Tokenizer directory, hub name or SentencePiece ``.model`` file; none: the teacher's."""
+    teacher_column: str | None = None
+    """Field of a document that names its teacher, where there are several (``teachers.combine: routing``)."""
     cache_dir: str = "runs/.cache"
     """Where tokenized corpora lie, one directory per fingerprint, reused by later runs."""
 

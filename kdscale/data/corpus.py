@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 
 from kdscale.config.sections import DataSection
+from kdscale.config.teachers import Routing
 from kdscale.data.sources import Document, find_sources, read_documents, source_digest
 from kdscale.data.tokenizer import Tokenizer
 from kdscale.errors import DataError
 
 _VERSION = 1
 _SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_()))])
+_ROUTED = _SCHEMA.append(pa.field("route", pa.int8()))
 _BATCH = 256
 Progress = Callable[[int, int | None, str], None]
 """(done, total or None, what)."""
@@ -50,6 +52,9 @@ class Split:
         """Tokens by document, int64."""
         self.all_trained = all_trained
         """Whether every token of every document may be trained on."""
+        routes = [batch.column("route").to_numpy() for batch in self._stored.batches if "route" in batch.schema.names]
+        self.routes = np.concatenate(routes) if routes else None
+        """By document, int8; see ``TokenBatch.routes_RL``."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -70,17 +75,19 @@ class Corpus(Generic[Part]):
     fingerprint: str
 
 
-def build_corpus(data: DataSection, tokenizer: Tokenizer, progress: Progress) -> Corpus[Split]:
+def build_corpus(
+    data: DataSection, tokenizer: Tokenizer, progress: Progress, routing: Routing | None = None
+) -> Corpus[Split]:
     """Tokenize what ``data`` names, or find it in the cache.
 
     Several processes may build the same corpus at once: each writes aside, the first to finish is used.
 
     Raises:
-        DataError: missing, broken or empty text, naming file and line.
+        DataError: missing, broken or empty text, or a document of an unknown teacher, naming file and line.
     """
-    fingerprint = _fingerprint(data, tokenizer, progress)
+    fingerprint = _fingerprint(data, tokenizer, progress, routing)
     directory = cached(
-        Path(data.cache_dir) / fingerprint[:32], lambda staging: _write(data, tokenizer, staging, progress)
+        Path(data.cache_dir) / fingerprint[:32], lambda staging: _write(data, tokenizer, staging, progress, routing)
     )
     facts = json.loads((directory / "corpus.json").read_text())
     train, heldout = (Split(directory / f"{name}.arrow", all_trained=facts[name]) for name in ("train", "heldout"))
@@ -105,10 +112,11 @@ def cached(directory: Path, write: Callable[[Path], None]) -> Path:
     return directory
 
 
-def _fingerprint(data: DataSection, tokenizer: Tokenizer, progress: Progress) -> str:
+def _fingerprint(data: DataSection, tokenizer: Tokenizer, progress: Progress, routing: Routing | None) -> str:
     settings = data.model_dump(include={"loss_on", "append_eos", "heldout_every"})
     opening = tokenizer.encode("")
-    return fingerprint_of([_VERSION, settings, tokenizer.fingerprint, *([opening] if opening else [])], data, progress)
+    read_by = [_VERSION, settings, tokenizer.fingerprint, *([opening] if opening else [])]
+    return fingerprint_of(read_by + ([asdict(routing)] if routing else []), data, progress)
 
 
 def fingerprint_of(read_by: list[Any], data: DataSection, progress: Progress) -> str:
@@ -124,15 +132,19 @@ def fingerprint_of(read_by: list[Any], data: DataSection, progress: Progress) ->
     return digest.hexdigest()
 
 
-def _write(data: DataSection, tokenizer: Tokenizer, directory: Path, progress: Progress) -> None:
+def _write(
+    data: DataSection, tokenizer: Tokenizer, directory: Path, progress: Progress, routing: Routing | None
+) -> None:
     if data.append_eos and tokenizer.eos_id is None:
         raise DataError("data.append_eos = true, but the tokenizer has no end token; set it to false")
-    writers = {name: _SplitWriter(directory / f"{name}.arrow") for name in ("train", "heldout")}
+    schema = _SCHEMA if routing is None else _ROUTED
+    writers = {name: _SplitWriter(directory / f"{name}.arrow", schema) for name in ("train", "heldout")}
     done = 0
     for name, sources in (("train", data.train), ("heldout", data.heldout)):
         for source in find_sources(sources):
-            for document in read_documents(source):
-                writers[part_of(name, done, data)].add(*_tokens(document, data, tokenizer))
+            for document in read_documents(source, data.teacher_column):
+                route = None if routing is None else _route(document, routing)
+                writers[part_of(name, done, data)].add(*_tokens(document, data, tokenizer), route)
                 done += 1
                 if done % 100 == 0:
                     progress(done, None, "tokenizing document")
@@ -152,6 +164,20 @@ def part_of(named: str, number: int, data: DataSection) -> str:
     """Where row ``number`` of all goes, which stands in the files named for ``named``."""
     every = data.heldout_every
     return "heldout" if named == "train" and not data.heldout and number % every == every - 1 else named
+
+
+def _route(document: Document, routing: Routing) -> int:
+    """The place of the document's teacher among all. Raises: DataError."""
+    name = routing.default if document.teacher is None else document.teacher
+    if name not in routing.names:
+        known = f"the teachers are {', '.join(routing.names)}"
+        if name is None:
+            raise DataError(
+                f"{document.place}: no {routing.column} names its teacher (data.teacher_column); {known}, and"
+                " teachers.default may name one for such documents"
+            )
+        raise DataError(f"{document.place}: {routing.column} = {name!r} is no teacher; {known}")
+    return routing.names.index(name)
 
 
 def _tokens(document: Document, data: DataSection, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
@@ -182,18 +208,21 @@ def _tokens(document: Document, data: DataSection, tokenizer: Tokenizer) -> tupl
 
 
 class _SplitWriter:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._file = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_file(self._file, _SCHEMA)
+        self._schema = schema
+        self._writer = pa.ipc.new_file(self._file, schema)
         self._ids: list[list[int]] = []
         self._trained: list[list[bool]] = []
+        self._routes: list[int | None] = []
         self.num_documents = 0
         self.num_trained = 0
         self._all_trained = True
 
-    def add(self, ids: list[int], trained: list[bool]) -> None:
+    def add(self, ids: list[int], trained: list[bool], route: int | None) -> None:
         self._ids.append(ids)
         self._trained.append(trained)
+        self._routes.append(route)
         self.num_documents += 1
         # The first token of a document is predicted by nothing.
         self.num_trained += sum(trained[1:])
@@ -203,9 +232,11 @@ class _SplitWriter:
 
     def _flush(self) -> None:
         if self._ids:
-            columns = [pa.array(self._ids, _SCHEMA.field(0).type), pa.array(self._trained, _SCHEMA.field(1).type)]
-            self._writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-        self._ids, self._trained = [], []
+            values = (self._ids, self._trained, self._routes)
+            # Without a routing the schema has no third column.
+            columns = [pa.array(value, field.type) for value, field in zip(values, self._schema, strict=False)]
+            self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        self._ids, self._trained, self._routes = [], [], []
 
     def close(self) -> bool:
         """Finish the file; whether every token was trained."""

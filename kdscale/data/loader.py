@@ -74,14 +74,12 @@ class Loader:
 
     def batch(self, number: int) -> TokenBatch:
         """Batch ``number``, from 0, without end."""
-        return _stack(number, [self._row(int(self._rows[index])) for index in self._order.of_batch(number)])
+        return self._stack(number, [int(self._rows[index]) for index in self._order.of_batch(number)])
 
     def heldout_batches(self, max_tokens: int, rows_per_batch: int) -> list[TokenBatch]:
         """Batches of rows spread evenly over the split, about ``max_tokens`` tokens in all (at least one row)."""
         spread = self._order.spread(max_tokens // self._row_tokens, rows_per_batch)
-        return [
-            _stack(number, [self._row(int(row)) for row in self._rows[chosen]]) for number, chosen in enumerate(spread)
-        ]
+        return [self._stack(number, self._rows[chosen].tolist()) for number, chosen in enumerate(spread)]
 
     def _row(self, row: int) -> Row:
         table = self._table
@@ -92,12 +90,22 @@ class Loader:
             pieces.append((ids[here], trained[here]))
         return build_row(pieces, self._row_tokens, self._packing)
 
+    def _routes(self, row: int, segments: np.ndarray) -> np.ndarray:
+        """int8 [L]; segments count the row's pieces from 1."""
+        assert self._split.routes is not None
+        pieces = self._table.documents[int(self._table.starts[row]) : int(self._table.starts[row + 1])]
+        return np.concatenate([np.full(1, -1, np.int8), self._split.routes[pieces]])[segments]
 
-def _stack(number: int, rows: list[Row]) -> TokenBatch:
-    return TokenBatch(
-        number=number,
-        ids_RL=np.stack([row.ids for row in rows]),
-        segments_RL=np.stack([row.segments for row in rows]),
-        positions_RL=np.stack([row.positions for row in rows]),
-        predicts_RL=np.stack([row.predicts for row in rows]),
-    )
+    def _stack(self, number: int, numbers: list[int]) -> TokenBatch:
+        rows = [self._row(row) for row in numbers]
+        routes = None
+        if self._split.routes is not None:
+            routes = np.stack([self._routes(n, row.segments) for n, row in zip(numbers, rows, strict=True)])
+        return TokenBatch(
+            number=number,
+            ids_RL=np.stack([row.ids for row in rows]),
+            segments_RL=np.stack([row.segments for row in rows]),
+            positions_RL=np.stack([row.positions for row in rows]),
+            predicts_RL=np.stack([row.predicts for row in rows]),
+            routes_RL=routes,
+        )

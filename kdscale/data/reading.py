@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from kdscale.config.sections import DataSection
+from kdscale.config.teachers import Routing
 from kdscale.data.corpus import Corpus, Progress, Split, build_corpus
 from kdscale.data.examples import ExampleLoader, Examples, Reader, build_examples
 from kdscale.data.images import Pixels
@@ -20,12 +21,17 @@ def load_reader(task: Task, data: DataSection, teacher: Path) -> Reader:
 
 
 def read_corpus(
-    task: Task, data: DataSection, reader: Reader, classes: tuple[str, ...], progress: Progress
+    task: Task,
+    data: DataSection,
+    reader: Reader,
+    classes: tuple[str, ...],
+    progress: Progress,
+    routing: Routing | None = None,
 ) -> RunCorpus:
     """What ``data`` names; classifiers read rows with a label of one of ``classes``. Raises: DataError."""
     if task == "language-modelling":
         assert not isinstance(reader, Pixels)
-        return build_corpus(data, reader, progress)
+        return build_corpus(data, reader, progress, routing)
     return build_examples(data, reader, classes, progress)
 
 

@@ -4,7 +4,7 @@ import glob
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ class Document:
     messages: list[dict[str, Any]] = field(default_factory=list)
     ends: bool = True
     """Whether the document is over where its text is; one that was cut off (``"ends": false``) gets no end token."""
+    teacher: Any = None
+    """What stands in the field that names its teacher."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,12 @@ def source_digest(source: Source) -> str:
                 return f"{source.kind} {hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
-def read_documents(source: Source) -> Iterator[Document]:
+def read_documents(source: Source, teacher_column: str | None = None) -> Iterator[Document]:
     """The documents of a source, in order. Raises: DataError naming file and line."""
     if source.kind != "text":
         for row, place in read_rows(source):
-            yield _document(row, place)
+            document = _document(row, place)
+            yield document if teacher_column is None else replace(document, teacher=row.get(teacher_column))
         return
     text = _read_text(source.name)
     if not text.strip():

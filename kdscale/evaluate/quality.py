@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from kdscale.batch import Batch, ExampleBatch, HiddenTargets
+from kdscale.batch import Batch, ExampleBatch, HiddenTargets, SoftTargets
 from kdscale.head import Head
 from kdscale.losses.divergence import Divergence
 from kdscale.losses.fused import STATS, fused_loss
@@ -71,7 +71,7 @@ def teacher_view(
         prefetcher.close()
     head = head.to(device)
     targets = [one.each(lambda tensor: tensor.to(device)) for one in fetched if isinstance(one, HiddenTargets)]
-    nll = sum(float(_scored(one.hidden_TD, head, one.labels_T, None, None)[0]) for one in targets)
+    nll = sum(float(scored(one.hidden_TD, head, one.labels_T, None, None)[0]) for one in targets)
     return TeacherView(batches, targets, head, nll, _right(batches, [one.hidden_TD for one in targets], head))
 
 
@@ -85,9 +85,10 @@ def _right(batches: list[Batch], hidden: list[torch.Tensor], head: Head) -> int:
     return right
 
 
-def _scored(
-    hidden_TD: torch.Tensor, head: Head, labels_T: torch.Tensor, targets: HiddenTargets | None, teacher: Head | None
+def scored(
+    hidden_TD: torch.Tensor, head: Head, labels_T: torch.Tensor, targets: SoftTargets | None, teacher: Head | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """``fused_loss`` of the forward KL at temperature 1; ``teacher`` is the head that hidden targets need."""
     return fused_loss(
         hidden_TD,
         head.weight_VD,
@@ -109,7 +110,7 @@ def quality_sums(student_hidden: list[torch.Tensor], student_head: Head, view: T
     sums[3] = view.nll
     sums[5], sums[6] = _right(view.batches, student_hidden, student_head), view.right
     for hidden_TD, targets in zip(student_hidden, view.targets, strict=True):
-        stats = dict(zip(STATS, _scored(hidden_TD, student_head, targets.labels_T, targets, view.head)[1], strict=True))
+        stats = dict(zip(STATS, scored(hidden_TD, student_head, targets.labels_T, targets, view.head)[1], strict=True))
         for index, name in ((0, "kl"), (1, "top1_agree"), (2, "hard"), (4, "count")):
             sums[index] += stats[name].double().cpu()
     return sums
@@ -121,7 +122,7 @@ def label_sums(hidden: list[torch.Tensor], head: Head, batches: list[Batch]) -> 
     sums = NO_SUMS.clone()
     for hidden_TD, batch in zip(hidden, batches, strict=True):
         labels_T = torch.from_numpy(batch.labels()).to(hidden_TD.device)
-        sums[2] += _scored(hidden_TD, head, labels_T, None, None)[0].double().cpu()
+        sums[2] += scored(hidden_TD, head, labels_T, None, None)[0].double().cpu()
         sums[4] += len(labels_T)
     sums[5] = _right(batches, hidden, head)
     return sums

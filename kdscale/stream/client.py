@@ -14,6 +14,7 @@ import xxhash
 from kdscale import log
 from kdscale.batch import Batch, SoftTargets
 from kdscale.config.sections import StreamSection
+from kdscale.config.teachers import ALONE
 from kdscale.errors import IdentityError, PayloadError, StreamError
 from kdscale.head import Head
 from kdscale.spec import TargetSpec
@@ -36,12 +37,20 @@ _WAIT_REBUILDING = tenacity.wait_random(0.3, 0.7)
 
 
 class FlightSource:
-    """A ``TargetSource`` over the live teacher endpoints of a run. Safe to call from several threads."""
+    """A ``TargetSource`` over the live endpoints of a run's teacher. Safe to call from several threads."""
 
     def __init__(
-        self, access: Access, meaning: Meaning, settings: StreamSection, who: str, *, by_row: bool = False
+        self,
+        access: Access,
+        meaning: Meaning,
+        settings: StreamSection,
+        who: str,
+        *,
+        by_row: bool = False,
+        teacher: str = ALONE,
     ) -> None:
-        """``by_row``: ask for each row by a request of its own, so that its targets depend, to the last bit, on nothing else."""
+        """``by_row``: ask for each row by a request of its own, so that its targets depend, to the last bit, on nothing else.
+        ``teacher``: the one among several that is asked."""
         self._access = access
         self.by_row = by_row
         self._meaning = meaning
@@ -51,7 +60,7 @@ class FlightSource:
         self._sequence = 0
         self._said = float("-inf")
         self._watchdog = Watchdog(settings.stall_seconds)
-        self._lines = Lines(access, who, settings.endpoints_per_rank, self._watchdog)
+        self._lines = Lines(access, who, settings.endpoints_per_rank, self._watchdog, teacher)
         self.received: dict[str, Received] = {}
         """What answers amounted to, by payload."""
 

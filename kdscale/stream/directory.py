@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 import pyarrow.flight as fl
 
+from kdscale.config.teachers import ALONE
 from kdscale.credentials import Credentials
 from kdscale.errors import IdentityError, PlacementError, StreamError
 from kdscale.stream.protocol import (
@@ -32,12 +33,12 @@ State = Literal["serving", "rebuilding", "leaving"]
 
 @dataclass(frozen=True)
 class Listing:
-    """What the directory knows."""
+    """What the directory knows of one teacher."""
 
     endpoints: list[Endpoint]
     """Of the replicas that take requests."""
     meaning: Meaning
-    """Of every teacher behind this directory."""
+    """Of every replica of this teacher."""
     rebuilding: list[str]
     """Replicas that are lost and will be published again."""
     leaving: list[str]
@@ -63,6 +64,7 @@ class Registry(Protocol):
 
 @dataclass(frozen=True)
 class _Entry:
+    teacher: str
     state: State
     endpoints: list[Endpoint] = field(default_factory=list)
     lease_ends: float = float("inf")
@@ -70,12 +72,21 @@ class _Entry:
 
 
 class DirectoryServer(fl.FlightServerBase):
-    """A ``Registry`` that serves its list. Replicas of other processes join by action ``register``, and renew it in time."""
+    """Serves the list of every teacher's replicas; ``of`` keeps that of one. Replicas of other processes join by action
+    ``register``, and renew it in time."""
 
     def __init__(
-        self, host: str, port: int, token: str, meaning: Meaning, credentials: Credentials | None = None
+        self,
+        host: str,
+        port: int,
+        token: str,
+        meanings: dict[str, Meaning],
+        credentials: Credentials | None = None,
     ) -> None:
-        """Plain without ``credentials``. Raises: PlacementError when that would be off loopback, or the port is taken."""
+        """``meanings``: by teacher. Plain without ``credentials``.
+
+        Raises: PlacementError when that would be off loopback, or the port is taken.
+        """
         try:
             super().__init__(**listening(host, port, credentials))
         except (OSError, pa.ArrowException) as error:
@@ -85,30 +96,28 @@ class DirectoryServer(fl.FlightServerBase):
             ) from error
         self.address = f"{host}:{self.port}"
         self._token = token
-        self._meaning = meaning
+        self._meanings = meanings
         self._lock = threading.Lock()
         self._entries: dict[str, _Entry] = {}
 
-    @property
-    def has_hope(self) -> bool:
-        return any(entry.state != "leaving" for entry in self._live().values())
+    def of(self, teacher: str) -> "Shelf":
+        """What this directory keeps of one teacher."""
+        return Shelf(self, teacher)
 
-    def publish(self, replica: str, endpoints: list[Endpoint]) -> None:
+    def put(self, replica: str, entry: _Entry | None) -> None:
+        """Make known what became of a replica; none: forget it."""
         with self._lock:
-            self._entries[replica] = _Entry("serving", endpoints)
-
-    def withdraw(self, replica: str, *, rebuilding: bool) -> None:
-        with self._lock:
-            if rebuilding:
-                self._entries[replica] = _Entry("rebuilding")
-            else:
+            if entry is None:
                 self._entries.pop(replica, None)
+            else:
+                self._entries[replica] = entry
 
-    def _live(self) -> dict[str, _Entry]:
+    def live(self, teacher: str) -> dict[str, _Entry]:
+        """The teacher's replicas by name."""
         with self._lock:
             now = time.monotonic()
             self._entries = {name: entry for name, entry in self._entries.items() if now < entry.lease_ends}
-            return dict(self._entries)
+            return {name: entry for name, entry in self._entries.items() if entry.teacher == teacher}
 
     # ---- what others ask ----
 
@@ -120,7 +129,7 @@ class DirectoryServer(fl.FlightServerBase):
         try:
             match action.type:
                 case "endpoints":
-                    answer = self._listing()
+                    answer = self._listing(fields)
                 case "register":
                     answer = self._register(fields)
                 case "leave":
@@ -135,28 +144,35 @@ class DirectoryServer(fl.FlightServerBase):
             raise fl.FlightServerError(str(error), extra_info=b"IdentityError") from error
         yield fl.Result(json.dumps(answer).encode())
 
-    def _listing(self) -> dict[str, Any]:
-        live = self._live()
+    def _meaning(self, teacher: str) -> Meaning:
+        """Raises: IdentityError."""
+        if teacher not in self._meanings:
+            raise IdentityError(f"no teacher is called {teacher!r} here; there are {', '.join(self._meanings)}")
+        return self._meanings[teacher]
+
+    def _listing(self, fields: dict[str, Any]) -> dict[str, Any]:
+        meaning = self._meaning(teacher := str(fields["teacher"]))
+        live = self.live(teacher)
         return {
             "endpoints": [
                 asdict(endpoint) for one in live.values() if one.state == "serving" for endpoint in one.endpoints
             ],
-            "meaning": asdict(self._meaning),
+            "meaning": asdict(meaning),
             "rebuilding": sorted(name for name, one in live.items() if one.state == "rebuilding"),
             "leaving": sorted(name for name, one in live.items() if one.state == "leaving"),
         }
 
     def _register(self, fields: dict[str, Any]) -> dict[str, Any]:
         """A replica elsewhere says what it is, and that it lives. Raises: IdentityError, ValueError."""
-        replica, state = str(fields["replica"]), fields["state"]
-        require_same_meaning(self._meaning, Meaning(**fields["meaning"]))
+        replica, teacher, state = str(fields["replica"]), str(fields["teacher"]), fields["state"]
+        require_same_meaning(self._meaning(teacher), Meaning(**fields["meaning"]))
         endpoints = [Endpoint(**one) for one in fields["endpoints"]]
         if state not in ("serving", "rebuilding", "leaving") or any(one.replica != replica for one in endpoints):
             raise ValueError(f"{state!r} of {replica!r} with {endpoints}")
         with self._lock:
             if replica in self._entries and self._entries[replica].lease_ends == float("inf"):
                 raise ValueError(f"{replica!r} is the name of one of the run's own")
-            self._entries[replica] = _Entry(state, endpoints, time.monotonic() + LEASE_S)
+            self._entries[replica] = _Entry(teacher, state, endpoints, time.monotonic() + LEASE_S)
         return {"lease_seconds": LEASE_S}
 
     def _leave(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -167,11 +183,29 @@ class DirectoryServer(fl.FlightServerBase):
         return {}
 
 
-class DirectoryClient:
-    """A connection to a run's directory. Safe to call from several threads."""
+class Shelf:
+    """A ``Registry`` of one teacher's replicas in this process."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, directory: DirectoryServer, teacher: str) -> None:
+        self._directory, self._teacher = directory, teacher
+
+    @property
+    def has_hope(self) -> bool:
+        return any(entry.state != "leaving" for entry in self._directory.live(self._teacher).values())
+
+    def publish(self, replica: str, endpoints: list[Endpoint]) -> None:
+        self._directory.put(replica, _Entry(self._teacher, "serving", endpoints))
+
+    def withdraw(self, replica: str, *, rebuilding: bool) -> None:
+        self._directory.put(replica, _Entry(self._teacher, "rebuilding") if rebuilding else None)
+
+
+class DirectoryClient:
+    """A connection to a run's directory, about one of its teachers. Safe to call from several threads."""
+
+    def __init__(self, access: Access, teacher: str = ALONE) -> None:
         self._access = access
+        self._teacher = teacher
         self._client: fl.FlightClient | None = None
 
     def ask(self, action: str, timeout_s: float = _CALL_SECONDS, **fields: Any) -> dict[str, Any]:
@@ -179,12 +213,12 @@ class DirectoryClient:
 
         Raises:
             StreamError: the directory does not answer, or one of both sides refuses the other.
-            IdentityError: a teacher that joins means something else than the run's own.
+            IdentityError: a teacher that joins means something else than the run's own, or the run has none of the name.
         """
         client = self._client or connect(self._access.directory, self._access.credentials)
         self._client = client
         try:
-            return call(client, action, self._access.token, timeout_s, **fields)
+            return call(client, action, self._access.token, timeout_s, teacher=self._teacher, **fields)
         except fl.FlightError as error:
             # A connection that failed tries again ever more seldom; a new one tries at once.
             self._client = None
@@ -199,7 +233,7 @@ class DirectoryClient:
             ) from error
 
     def listing(self) -> Listing:
-        """Raises: StreamError."""
+        """Raises: StreamError, IdentityError."""
         answer = self.ask("endpoints")
         return Listing(
             endpoints=[Endpoint(**fields) for fields in answer["endpoints"]],
@@ -214,9 +248,14 @@ class DirectoryClient:
             self._client = None
 
 
-def list_endpoints(access: Access) -> Listing:
-    """Ask the directory once. Raises: StreamError when it does not answer, or one of both sides refuses the other."""
-    client = DirectoryClient(access)
+def list_endpoints(access: Access, teacher: str = ALONE) -> Listing:
+    """Ask the directory once about ``teacher``.
+
+    Raises:
+        StreamError: it does not answer, or one of both sides refuses the other.
+        IdentityError: it knows no such teacher.
+    """
+    client = DirectoryClient(access, teacher)
     try:
         return client.listing()
     finally:

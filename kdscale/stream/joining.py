@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict
 
 from kdscale import log
+from kdscale.config.teachers import ALONE
 from kdscale.errors import KdscaleError, StreamError
 from kdscale.stream.directory import LEASE_S, DirectoryClient, State
 from kdscale.stream.protocol import Access, Endpoint, Meaning, require_same_meaning
@@ -17,9 +18,9 @@ _GONE_S = 15.0
 class RemoteRegistry:
     """A ``Registry`` of replicas in this process, kept by the run at ``access``."""
 
-    def __init__(self, access: Access, meaning: Meaning) -> None:
+    def __init__(self, access: Access, meaning: Meaning, teacher: str = ALONE) -> None:
         """Raises: StreamError, IdentityError: the run cannot be reached, or does not want such a teacher."""
-        self._client = DirectoryClient(access)
+        self._client = DirectoryClient(access, teacher)
         require_same_meaning(self._client.listing().meaning, meaning)
         self._where = access.directory
         self._meaning = meaning

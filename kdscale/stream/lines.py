@@ -8,6 +8,7 @@ import pyarrow.flight as fl
 import xxhash
 
 from kdscale import log
+from kdscale.config.teachers import ALONE
 from kdscale.errors import StreamError
 from kdscale.stream.directory import DirectoryClient, Listing
 from kdscale.stream.protocol import Access, Endpoint, connect
@@ -45,13 +46,13 @@ class Line:
 class Lines:
     """The lines of one student. Safe to use from several threads."""
 
-    def __init__(self, access: Access, who: str, most: int, watchdog: Watchdog) -> None:
-        """``most``: endpoints that ``who`` connects to."""
+    def __init__(self, access: Access, who: str, most: int, watchdog: Watchdog, teacher: str = ALONE) -> None:
+        """``most``: endpoints that ``who`` connects to; ``teacher``: whose they are."""
         self._access = access
         self._who = who
         self._most = most
         self._watchdog = watchdog
-        self._directory = DirectoryClient(access)
+        self._directory = DirectoryClient(access, teacher)
         self._lock = threading.Lock()
         self._lines: dict[Endpoint, Line] = {}
         self._failed: dict[tuple[str, int], float] = {}

@@ -19,7 +19,7 @@ from kdscale.spec import TargetSpec, Task
 from kdscale.targets import arrow
 from kdscale.tunnel import is_loopback, require_loopback
 
-PROTOCOL = 2
+PROTOCOL = 3
 # gRPC gives a connection 20 s to come about, in which nothing can cancel the call: too long for a server that is stopped.
 _CONNECTING = [("grpc.min_reconnect_backoff_ms", 4000)]
 
@@ -38,6 +38,15 @@ class Meaning:
     task: Task = "language-modelling"
     input_size: int = 0
     """Of classifiers: how many token ids a text may hold, or bytes of an image."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A teacher that was found before anything started."""
+
+    directory: str
+    """Where the driver's node has its model."""
+    meaning: Meaning
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,10 @@ class TargetSource(Protocol):
 class TeacherSource(TargetSource, Protocol):
     """A source that stands for a whole teacher."""
 
-    received: dict[str, Received]
-    """What answers amounted to, by payload."""
+    @property
+    def received(self) -> dict[str, Received]:
+        """What answers amounted to, by payload."""
+        ...
 
     def fetch_head(self) -> Head:
         """The teacher's head (weight, bias, softcap, scale)."""

@@ -1,6 +1,6 @@
 """What a student rank does with its life, in order. No Ray: the launcher's ranks run the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kdscale import log
 from kdscale.batch import Batch
+from kdscale.config.teachers import ALONE
 from kdscale.data.reading import RunCorpus, load_reader, make_loader, read_corpus
 from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
@@ -25,15 +26,8 @@ from kdscale.engine.shards import index_files
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
 from kdscale.evaluate.plain import plain_logits
-from kdscale.evaluate.quality import (
-    NO_SUMS,
-    Quality,
-    TeacherView,
-    label_sums,
-    quality,
-    quality_sums,
-    teacher_view,
-)
+from kdscale.evaluate.quality import NO_SUMS, Quality, label_sums, quality
+from kdscale.evaluate.views import AnyView, TargetSources, teachers_of, view_of
 from kdscale.head import Head
 from kdscale.metrics import MetricsFile, StepMetrics
 from kdscale.mirror import Mirror, mirror_of
@@ -62,10 +56,10 @@ places."""
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """This rank's share of the held-out text, and the teacher's side of it where the loss is held and there is a teacher."""
+    """This rank's share of the held-out text, and the teachers' side of it where the loss is held and there is a teacher."""
 
     batches: list[Batch]
-    view: TeacherView | None
+    view: AnyView | None
 
 
 class StudentJob:
@@ -89,7 +83,7 @@ class StudentJob:
         self._directory = Path(setup.run_directory)
         self._topology = topology_of(config.student.parallel)
 
-        self._teacher = model_here(Path(setup.teacher_directory), config.teacher.model, setup.meaning.teacher)
+        self._teacher = model_here(Path(setup.teacher.directory), config.teacher.model, setup.teacher.meaning.teacher)
         model = build_student(config.student, self._teacher, self._dtype, config.task)
         self._pixels = student_pixels(config.student, self._teacher, config.task)
         if config.student.activation_checkpointing:
@@ -113,7 +107,7 @@ class StudentJob:
             self._phase(f"going on from step {found.step}, {WAYS[way]}")
 
     def _lay_out(self, model: PreTrainedModel) -> Student:
-        config, vocab_size = self._config, self._setup.meaning.vocab_size
+        config, vocab_size = self._config, self._setup.teacher.meaning.vocab_size
         chunk_bytes = int(config.loss.chunk_mib * 2**20)
         settings = student_settings(config, self._dtype_name)
         if self._topology.pipeline == 1:
@@ -213,8 +207,8 @@ class StudentJob:
         source.close()
         return report
 
-    def _source(self, access: Access | None, corpus: RunCorpus) -> TeacherSource:
-        return open_source(self._config, self._setup.meaning, corpus.fingerprint, access, self._rank)
+    def _source(self, access: Access | None, corpus: RunCorpus) -> TargetSources:
+        return open_source(self._config, self._setup.teachers, corpus.fingerprint, access, self._rank)
 
     def _data(self) -> tuple[Callable[[Path], None], RunCorpus]:
         """What writes by what the student reads its inputs, and the corpus; the driver has made it, so this finds it in the
@@ -222,28 +216,30 @@ class StudentJob:
         task, data = self._config.task, self._config.data
         reader = load_reader(task, data, self._teacher)
         classes = () if task == "language-modelling" else class_names(load_config(self._teacher))
-        corpus = read_corpus(task, data, reader, classes, lambda done, total, what: None)
+        corpus = read_corpus(task, data, reader, classes, lambda done, total, what: None, self._config.routing)
         return (self._pixels or reader).save, corpus
 
     def _check_teacher(
-        self, row: Batch, corpus: RunCorpus, source: TeacherSource
+        self, row: Batch, corpus: RunCorpus, source: TargetSources
     ) -> tuple[dict[str, Any], _HeldOut | None]:
-        """The canary on ``row``; meanwhile the teacher scores the held-out text."""
+        """The canary on ``row``; meanwhile the teachers score the held-out text."""
         config = self._config
         needs_head = config.loss.soft and config.targets.payload == "hidden"
         measures = config.evaluate.quality and self._holds_loss and self._has_teacher
-        head = source.fetch_head() if (needs_head and (self._holds_loss or self._rank == 0)) or measures else None
-        if head is not None and isinstance(source, Filling) and self._topology.data_rank(self._rank) == 0:
-            source.save_head(head)
-        if needs_head and self._holds_loss and head is not None:
+        heads: dict[str, Head] = {}
+        if (needs_head and (self._holds_loss or self._rank == 0)) or measures:
+            heads = {name: one.fetch_head() for name, one in teachers_of(source).items()}
+        if heads and isinstance(source, Filling) and self._topology.data_rank(self._rank) == 0:
+            source.save_head(*heads.values())
+        if needs_head and self._holds_loss:
+            (head,) = heads.values()
             self._student.head.teacher_head = head.to(self._device)
         batches = self._held_out(corpus) if config.evaluate.quality else []
         with ThreadPoolExecutor(1) as beside:
             view = None
             if measures:
-                assert head is not None
-                view = beside.submit(teacher_view, batches, source, head, config.stream.in_flight, self._device)
-            report = {"canary": self._canary(row, source, head)}
+                view = beside.submit(view_of, batches, source, heads, config.stream.in_flight, self._device)
+            report = {"canary": self._canary(row, source, heads)}
             if not config.evaluate.quality:
                 return report, None
             if self._has_teacher:
@@ -263,8 +259,8 @@ class StudentJob:
 
     # ---- checks and measures ----
 
-    def _canary(self, batch: Batch, source: TeacherSource, head: Head | None) -> str:
-        """Rank 0 compares served and plain targets; the line for the summary."""
+    def _canary(self, batch: Batch, source: TargetSources, heads: Mapping[str, Head]) -> str:
+        """Rank 0 compares served and plain targets of every teacher; the line for the summary."""
         rows = self._config.evaluate.canary_rows
         if self._rank != 0:
             return ""
@@ -274,16 +270,22 @@ class StudentJob:
             return "not checked: evaluate.canary_rows = 0"
         if self._config.targets.payload == "sampled" and needs_no_teacher(self._config.targets):
             return "not checked: samples on disk tell no log-probabilities"
-        directory = self._teacher
-        gib = sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 2**30
-        if gib > self._config.evaluate.canary_max_gib:
-            return f"not checked: the teacher's files are {gib:.1f} GiB, above evaluate.canary_max_gib"
         self._phase("checking the served teacher against a plain forward")
-        dtype = process.resolve_dtype(self._config.teacher.dtype, self._device)
-        vocab_size = self._setup.meaning.vocab_size
-        served = served_topk(batch.cut(slice(0, rows)), self._config.target_spec(0), source, head)
-        task = self._config.task
-        return run_canary(batch.cut(slice(0, rows)), served, directory, vocab_size, dtype, task).line()
+        lines = {name: self._canary_of(batch, name, one, heads.get(name)) for name, one in teachers_of(source).items()}
+        return lines.get(ALONE) or "; ".join(f"{name}: {line}" for name, line in lines.items())
+
+    def _canary_of(self, batch: Batch, name: str, source: TeacherSource, head: Head | None) -> str:
+        config, known = self._config, self._setup.teachers[name]
+        teacher, rows = config.named_teachers[name], config.evaluate.canary_rows
+        directory = model_here(Path(known.directory), teacher.model, known.meaning.teacher)
+        gib = sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 2**30
+        if gib > config.evaluate.canary_max_gib:
+            return f"not checked: the teacher's files are {gib:.1f} GiB, above evaluate.canary_max_gib"
+        dtype = process.resolve_dtype(teacher.dtype, self._device)
+        served = served_topk(batch.cut(slice(0, rows)), config.target_spec(0), source, head)
+        return run_canary(
+            batch.cut(slice(0, rows)), served, directory, known.meaning.vocab_size, dtype, config.task
+        ).line()
 
     def _held_out(self, corpus: RunCorpus) -> list[Batch]:
         """This rank's share of the held-out rows; every rank runs the same number of forwards."""
@@ -306,7 +308,7 @@ class StudentJob:
         if self._holds_loss:
             with whole_head(self._student) as head:
                 view = held_out.view
-                sums = label_sums(hidden, head, held_out.batches) if view is None else quality_sums(hidden, head, view)
+                sums = label_sums(hidden, head, held_out.batches) if view is None else view.sums(hidden, head)
         classes = self._config.task != "language-modelling"
         summed = process.sum_over_ranks(sums.to(self._device, copy=True)).cpu()
         return quality(summed, classes=classes, teacher=self._has_teacher)

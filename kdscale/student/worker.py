@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kdscale import log
 from kdscale.config.schema import RunConfig
 from kdscale.credentials import Keys
-from kdscale.stream.protocol import Access, Meaning
+from kdscale.stream.protocol import Access, Known
 
 if TYPE_CHECKING:
     from kdscale.student.job import StudentJob
@@ -19,13 +19,17 @@ class StudentSetup:
     """What every student rank is told."""
 
     config: RunConfig
-    meaning: Meaning
+    teachers: dict[str, Known]
+    """By name, the main one first: its layers are the student's, and its vocabulary is all teachers'."""
     identity: dict[str, Any]
-    teacher_directory: str
-    """Where the driver's node has the teacher."""
     run_directory: str
     resume_from: str | None
     """Directory of a verified checkpoint; none starts fresh."""
+
+    @property
+    def teacher(self) -> Known:
+        """The main one."""
+        return next(iter(self.teachers.values()))
 
 
 class StudentRank:

@@ -30,6 +30,7 @@ import torch
 from kdscale.batch import TokenBatch, TopkTargets
 from kdscale.cluster.security import Authority
 from kdscale.config.sections import StreamSection
+from kdscale.config.teachers import ALONE
 from kdscale.credentials import Credentials
 from kdscale.spec import TargetSpec
 from kdscale.stream.client import FlightSource
@@ -137,8 +138,8 @@ def read_bare(client: fl.FlightClient, batch: TokenBatch) -> list[pa.RecordBatch
 
 def measure(ports: list[int], credentials: Credentials | None, rounds: int) -> list[dict[str, Any]]:
     bare_address, our_address = (f"127.0.0.1:{port}" for port in ports)
-    directory = DirectoryServer("127.0.0.1", 0, TOKEN, MEANING, credentials)
-    directory.publish("one", [Endpoint("one", 0, 0, our_address)])
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN, {ALONE: MEANING}, credentials)
+    directory.of(ALONE).publish("one", [Endpoint("one", 0, 0, our_address)])
     source = FlightSource(Access(directory.address, TOKEN, credentials), MEANING, StreamSection(), "benchmark")
     client = connect(bare_address, credentials)
     results = []

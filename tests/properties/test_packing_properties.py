@@ -14,6 +14,8 @@ from kdscale.errors import DataError
 class Documents:
     """A split in memory: document ``d`` holds the ids ``1000 d, 1000 d + 1, ...``, with a mask."""
 
+    routes: np.ndarray | None = None
+
     def __init__(self, lengths: list[int], untrained: set[int] = frozenset()) -> None:
         self.lengths = np.array(lengths, np.int64)
         self.all_trained = not untrained

@@ -149,3 +149,26 @@ def test_names_that_are_no_settings_are_refused():
 
 def test_unlisted_settings_count():
     assert kind_of("something.new") == "meaning"
+
+
+def test_each_of_several_teachers_counts_like_the_only_one():
+    """Where its files lie is free, what it computes in has a meaning, ranks round; a run of one teacher knows nothing of it."""
+    assert not [name for name in settings(config()) if name.startswith("teachers.") or name == "data.teacher_column"]
+
+    def several(code: dict[str, Any], **teachers: Any) -> RunConfig:
+        others = {"others": {"code": {"model": "c"} | code}}
+        return config(data={"teacher_column": "of"}, teachers=others | teachers)
+
+    def kinds(code: dict[str, Any], **teachers: Any) -> dict[str, str]:
+        found = changes(settings(several({})), settings(several(code, **teachers)))
+        return {change.name: change.kind for change in found}
+
+    assert kinds({"model": "moved", "restarts": 1}) == {}
+    assert kinds({"ranks": 2}) == {"teachers.others.code.ranks": "rounding"}
+    assert kinds({"dtype": "float32"}) == {"teachers.others.code.dtype": "meaning"}
+    assert kinds({}, main="general") == {"teachers.main": "meaning"}
+    digests = changes({"teachers.others.code": "a"}, {"teachers.others.code": "b"})
+    with pytest.raises(
+        CheckpointError, match=r"teachers.others.code \(the files of teachers.others.code.model\): .*'a'"
+    ):
+        go_on(digests)

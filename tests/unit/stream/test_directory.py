@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdscale.config.teachers import ALONE
 from kdscale.errors import IdentityError, StreamError
 from kdscale.spec import TargetSpec
 from kdscale.stream.directory import LEASE_S, DirectoryClient, list_endpoints
@@ -104,12 +105,12 @@ def test_what_vanishes_is_not_waited_for(teacher: Teacher):
     """Its connection stays open and silent, as of a node that has lost its network; the request goes elsewhere."""
     source, rows = teacher.source(stall_seconds=60, give_up_seconds=20), batch()
     with held(teacher) as (scorer, endpoint), ThreadPoolExecutor(1) as beside:
-        teacher.directory.withdraw("replica-0", rebuilding=False)
-        teacher.directory.publish("held", [endpoint])
+        teacher.directory.of(ALONE).withdraw("replica-0", rebuilding=False)
+        teacher.directory.of(ALONE).publish("held", [endpoint])
         served = beside.submit(source.fetch, rows, TOPK)
         assert scorer.asked.acquire(timeout=10)
-        teacher.directory.publish("replica-0", [teacher.endpoint()])
-        teacher.directory.withdraw("held", rebuilding=False)
+        teacher.directory.of(ALONE).publish("replica-0", [teacher.endpoint()])
+        teacher.directory.of(ALONE).withdraw("held", rebuilding=False)
         began = time.monotonic()
         assert served.result(20).labels_T.tolist() == rows.labels().tolist()
         assert time.monotonic() - began < 10
@@ -120,11 +121,11 @@ def test_who_leaves_finishes_what_it_was_asked(teacher: Teacher):
     registry = RemoteRegistry(access(teacher), teacher.meaning)
     source, rows = teacher.source(stall_seconds=60, give_up_seconds=20), batch()
     with held(teacher) as (scorer, endpoint), ThreadPoolExecutor(1) as beside:
-        teacher.directory.withdraw("replica-0", rebuilding=False)
+        teacher.directory.of(ALONE).withdraw("replica-0", rebuilding=False)
         registry.publish("held", [endpoint])
         served = beside.submit(source.fetch, rows, TOPK)
         assert scorer.asked.acquire(timeout=10)
-        teacher.directory.publish("replica-0", [teacher.endpoint()])
+        teacher.directory.of(ALONE).publish("replica-0", [teacher.endpoint()])
         registry.leave()
         time.sleep(2.5)
         for seed in range(3):
@@ -143,7 +144,7 @@ def test_who_joins_is_asked_while_the_others_serve(teacher: Teacher):
     source.fetch(batch(), TOPK)
     with held(teacher) as (scorer, endpoint):
         scorer.let_go.set()
-        teacher.directory.publish("held", [endpoint])
+        teacher.directory.of(ALONE).publish("held", [endpoint])
 
         def asked() -> bool:
             source.fetch(batch(), TOPK)

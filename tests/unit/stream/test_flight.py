@@ -19,6 +19,7 @@ import torch
 from kdscale.batch import DenseTargets, HiddenTargets, SampledTargets, TokenBatch, TopkTargets
 from kdscale.cluster.security import Authority
 from kdscale.config.sections import StreamSection
+from kdscale.config.teachers import ALONE
 from kdscale.errors import CoverageError, IdentityError, StreamError
 from kdscale.spec import TargetSpec
 from kdscale.stream import server
@@ -184,9 +185,9 @@ def test_another_token_opens_nothing(teacher: Teacher):
 
 def test_dead_endpoint_is_passed_over(teacher: Teacher):
     dead = Endpoint("replica-1", 0, 0, "127.0.0.1:9")
-    directory = DirectoryServer("127.0.0.1", 0, TOKEN, teacher.meaning)
-    directory.publish("replica-1", [dead])
-    directory.publish("replica-0", [teacher.endpoint()])
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN, {ALONE: teacher.meaning})
+    directory.of(ALONE).publish("replica-1", [dead])
+    directory.of(ALONE).publish("replica-0", [teacher.endpoint()])
     source = FlightSource(Access(directory.address, TOKEN), teacher.meaning, StreamSection(), "test")
     for seed in range(4):
         rows = batch(seed=seed)
@@ -195,7 +196,7 @@ def test_dead_endpoint_is_passed_over(teacher: Teacher):
 
 
 def test_no_endpoint_left_ends_in_time(teacher: Teacher):
-    directory = DirectoryServer("127.0.0.1", 0, TOKEN, teacher.meaning)
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN, {ALONE: teacher.meaning})
     settings = StreamSection(give_up_seconds=1.5)
     source = FlightSource(Access(directory.address, TOKEN), teacher.meaning, settings, "test")
     start = time.monotonic()
@@ -221,8 +222,8 @@ class Stuck:
 def test_endpoint_without_progress_is_given_up(teacher: Teacher):
     """Its heartbeats alone do not count: the forwards must advance."""
     server = TargetServer("127.0.0.1", TOKEN, teacher.meaning, Stuck())
-    directory = DirectoryServer("127.0.0.1", 0, TOKEN, teacher.meaning)
-    directory.publish("replica-0", [Endpoint("replica-0", 0, 0, server.address)])
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN, {ALONE: teacher.meaning})
+    directory.of(ALONE).publish("replica-0", [Endpoint("replica-0", 0, 0, server.address)])
     settings = StreamSection(stall_seconds=3, give_up_seconds=2)
     source = FlightSource(Access(directory.address, TOKEN), teacher.meaning, settings, "test")
     start = time.monotonic()
@@ -243,8 +244,8 @@ def test_round_trip_over_tls_is_not_disturbed_by_strangers(teacher: Teacher):
     authority, stranger = Authority(), Authority().issue()
     held = Held(teacher.scorer)
     server = TargetServer("127.0.0.1", TOKEN, teacher.meaning, held, authority.issue())
-    directory = DirectoryServer("127.0.0.1", 0, TOKEN, teacher.meaning, authority.issue())
-    directory.publish("replica-0", [Endpoint("replica-0", 0, 0, server.address)])
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN, {ALONE: teacher.meaning}, authority.issue())
+    directory.of(ALONE).publish("replica-0", [Endpoint("replica-0", 0, 0, server.address)])
     access, rows = Access(directory.address, TOKEN, authority.issue()), batch()
     # No time to try again: the exchange that is open while strangers knock must be the one that answers.
     source = FlightSource(access, teacher.meaning, StreamSection(give_up_seconds=0.001), "test")
@@ -306,4 +307,4 @@ def test_taken_port_is_named(teacher: Teacher):
 
     port = int(teacher.directory.address.split(":")[1])
     with pytest.raises(PlacementError, match=rf"cannot listen on 127\.0\.0\.1:{port}"):
-        DirectoryServer("127.0.0.1", port, TOKEN, teacher.meaning)
+        DirectoryServer("127.0.0.1", port, TOKEN, {ALONE: teacher.meaning})

@@ -10,6 +10,7 @@ import pyarrow.flight as fl
 import pytest
 
 from kdscale.cluster.security import Authority
+from kdscale.config.teachers import ALONE
 from kdscale.credentials import RUN_NAME, Credentials
 from kdscale.errors import PlacementError, StreamError
 from kdscale.stream.directory import DirectoryServer, list_endpoints
@@ -25,8 +26,8 @@ ENDPOINT = Endpoint("replica-0", 0, 0, "127.0.0.1:9")
 
 @pytest.fixture(scope="module")
 def directory() -> Iterator[DirectoryServer]:
-    server = DirectoryServer("127.0.0.1", 0, TOKEN, MEANING, CREDENTIALS)
-    server.publish("replica-0", [ENDPOINT])
+    server = DirectoryServer("127.0.0.1", 0, TOKEN, {ALONE: MEANING}, CREDENTIALS)
+    server.of(ALONE).publish("replica-0", [ENDPOINT])
     yield server
     server.shutdown()
 
@@ -74,7 +75,7 @@ def test_certificate_does_not_replace_the_token(directory: DirectoryServer):
 )
 def test_impostors_are_not_asked(impostor: Credentials | None):
     """A listener that is not of the run never sees the token."""
-    server = DirectoryServer("127.0.0.1", 0, TOKEN, MEANING, impostor)
+    server = DirectoryServer("127.0.0.1", 0, TOKEN, {ALONE: MEANING}, impostor)
     with pytest.raises(StreamError, match="does not answer over TLS"):
         list_endpoints(Access(server.address, TOKEN, CREDENTIALS))
     server.shutdown()
@@ -82,7 +83,7 @@ def test_impostors_are_not_asked(impostor: Credentials | None):
 
 def test_only_loopback_may_be_plain():
     with pytest.raises(PlacementError, match=r"listener on 192\.0\.2\.7 has no credentials"):
-        DirectoryServer("192.0.2.7", 0, TOKEN, MEANING)
+        DirectoryServer("192.0.2.7", 0, TOKEN, {ALONE: MEANING})
     for address in ("192.0.2.7:80", "node.example:80"):
         with pytest.raises(StreamError, match="off loopback the token may not travel plainly"):
             connect(address)

@@ -1,0 +1,73 @@
+"""Several teachers, end to end: each document goes to its own, a run is killed and gone on with, and mixtures are learned."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import documents, make_colleague
+from tests.runs import assert_nothing_left, run, start, wait_for_step, write_config
+
+pytestmark = pytest.mark.slow
+
+
+def write_routed(directory: Path) -> Path:
+    """Documents in turn of the teachers ``left`` and ``right``; every fifth names none."""
+    directory.mkdir()
+    rows = [{"text": text, "of": ("left", "right")[n % 2]} for n, text in enumerate(documents(60))]
+    for row in rows[::5]:
+        del row["of"]
+    for name, part in (("train", rows[:48]), ("heldout", rows[48:])):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return directory
+
+
+def steps(directory: Path) -> list[tuple[str, float, float]]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [(one["rows_digest"], one["loss"], one["gradient_norm"]) for one in map(json.loads, lines)]
+
+
+def test_each_document_has_its_teacher(tmp_path: Path, teacher_dir: Path):
+    """Two teachers, one of them in two replicas; killed and gone on with, every number is that of a run without faults."""
+    other = make_colleague(tmp_path / "other", teacher_dir, "qwen2", seed=5)
+    text = write_routed(tmp_path / "text")
+    config = write_config(
+        tmp_path,
+        teacher_dir,
+        text,
+        run={"deterministic": True},
+        data={"teacher_column": "of"},
+        teacher={"ranks": 1},
+        teachers={"main": "left", "default": "left", "others": {"right": {"model": str(other), "replicas": 2}}},
+        student={"layers": [0, 3], "dtype": "float32"},
+        # Their layers are nothing that the student could learn in so few steps.
+        train={"steps": 14, "lr": 1e-2},
+    )
+    log, runs = tmp_path / "log", tmp_path / "runs"
+    assert run("train", str(config), "run.name=whole", log=log) == 0, log.read_text()
+    summary = json.loads((runs / "whole" / "summary.json").read_text())
+    left, right = summary["teachers"]["left"], summary["teachers"]["right"]
+    assert (left["replicas"], left["ranks"], right["replicas"], right["ranks"]) == (1, 1, 2, 2)
+    assert (left["parameters"], right["parameters"]) != (right["parameters"], left["parameters"])
+    assert left["targets"] > 0
+    assert right["targets"] > 0
+    # Training, held-out text once, and two rows of the canary for each teacher: none has scored what is another's.
+    assert summary["canary"].startswith("left: ok")
+    assert "right: ok" in summary["canary"]
+    assert summary["kl_after"] < summary["kl_before"]
+
+    process = start("train", str(config), "run.name=halves", log=log)
+    wait_for_step(runs / "halves", 8, process, log)
+    process.kill()
+    process.wait()
+    assert_nothing_left(within_s=15)
+    assert run("train", str(config), "run.name=halves", log=log) == 0, log.read_text()
+    assert steps(runs / "halves") == steps(runs / "whole")
+    assert json.loads((runs / "halves" / "summary.json").read_text())["kl_after"] == summary["kl_after"]
+
+    # A checkpoint belongs to all of them.
+    make_colleague(other, teacher_dir, "qwen2", seed=6)
+    log.unlink()
+    assert run("train", str(config), "run.name=halves", "train.steps=16", log=log) == 1
+    assert "teachers.others.right (the files of teachers.others.right.model)" in log.read_text()
+    assert_nothing_left()

@@ -58,7 +58,12 @@ def _layout(config: RunConfig) -> Table:
     )
     teachers = teacher.replicas * teacher.ranks if live else 0
     cpus = teachers * teacher.cpus_per_rank + ranks * student.cpus_per_rank
-    table.add_row("in all", f"{cpus} CPU, {teachers * teacher.gpus_per_rank + ranks * student.gpus_per_rank} GPU")
+    gpus = teachers * teacher.gpus_per_rank + ranks * student.gpus_per_rank
+    if (writers := config.on_policy) is not None:
+        each = f"a whole student each; {writers.cpus_per_rank} CPU, {writers.gpus_per_rank} GPU each"
+        table.add_row("rollouts", f"{writers.ranks} ranks, {each}")
+        cpus, gpus = cpus + writers.ranks * writers.cpus_per_rank, gpus + writers.ranks * writers.gpus_per_rank
+    table.add_row("in all", f"{cpus} CPU, {gpus} GPU")
     return table
 
 

@@ -74,13 +74,13 @@ class Loader:
 
     def batch(self, number: int) -> TokenBatch:
         """Batch ``number``, from 0, without end."""
-        return _stack(number, [self._row(int(self._rows[index])) for index in self._order.of_batch(number)])
+        return stack(number, [self._row(int(self._rows[index])) for index in self._order.of_batch(number)])
 
     def heldout_batches(self, max_tokens: int, rows_per_batch: int) -> list[TokenBatch]:
         """Batches of rows spread evenly over the split, about ``max_tokens`` tokens in all (at least one row)."""
         spread = self._order.spread(max_tokens // self._row_tokens, rows_per_batch)
         return [
-            _stack(number, [self._row(int(row)) for row in self._rows[chosen]]) for number, chosen in enumerate(spread)
+            stack(number, [self._row(int(row)) for row in self._rows[chosen]]) for number, chosen in enumerate(spread)
         ]
 
     def _row(self, row: int) -> Row:
@@ -93,7 +93,8 @@ class Loader:
         return build_row(pieces, self._row_tokens, self._packing)
 
 
-def _stack(number: int, rows: list[Row]) -> TokenBatch:
+def stack(number: int, rows: list[Row]) -> TokenBatch:
+    """Rows of one length as batch ``number``."""
     return TokenBatch(
         number=number,
         ids_RL=np.stack([row.ids for row in rows]),

@@ -69,7 +69,7 @@ def test_lost_writer_and_lost_run_change_no_number(tmp_path: Path, teacher_dir: 
     process = start("train", str(config), "run.name=broken", log=log)
     wait_for_step(broken, 3, process, log)
     ranks_of("RolloutRank")[0].kill()
-    wait_for_words("starting who writes again (restart 1 of 3)", process, log, within_s=20)
+    wait_for_words("starting who writes again (restart 1 of 3)", process, log, within_s=60)
     wait_for_file(broken / "checkpoints" / "step-10" / "MANIFEST.json", process, log)
     process.kill()
     process.wait()

@@ -107,6 +107,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
         taught = "teachers" if summary["teachers"] else "teacher"
         table.add_row(f"KL to the {taught} (nats/{unit})", "0", number("kl_before"), number("kl_after"))
         table.add_row("top-1 agreement", "1", number("top1_agreement_before"), number("top1_agreement_after"))
+    if summary.get("on_policy_kl") is not None:
+        table.add_row("  on its own text", "0", number("on_policy_kl_before"), number("on_policy_kl"))
     if summary["accuracy_after"] is not None:
         table.add_row("accuracy", number("accuracy_teacher"), number("accuracy_before"), number("accuracy_after"))
     table.add_row(

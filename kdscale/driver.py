@@ -21,9 +21,10 @@ from kdscale.engine.checkpoint import Checkpoint
 from kdscale.errors import KdscaleError, StudentError
 from kdscale.generate import generate
 from kdscale.mirror import find
+from kdscale.on_policy.service import RolloutGuard
 from kdscale.prepare import Prepared, corpus_of, prepare, require_resumable, run_identity
 from kdscale.serve import join, record, serve
-from kdscale.start import Job, Slots, Stopped, Teacher, place, start_students, start_teacher
+from kdscale.start import Job, Slots, Stopped, Teacher, place, start_rollouts, start_students, start_teacher
 from kdscale.stream.recording import Provenance, begin, require_provenance
 from kdscale.student.service import StudentGroup
 from kdscale.summary import make_summary, measure_models
@@ -40,7 +41,7 @@ def train(job: Job, resume: str) -> None:
     checkpoint, identity = find(config, resume), run_identity(config, prepared)
     require_resumable(config, checkpoint, identity)
     with ExitStack() as stack:
-        slots = place(job, stack)
+        slots = place(job, stack, rollouts=True)
         teacher = start_teacher(job, prepared, slots, stack)
         teacher.invite(job.directory / ACCESS_FILE, stack)
         identity["corpus"] = corpus_of(config, prepared, job.display.count).fingerprint
@@ -83,10 +84,12 @@ def train_students(
     """
     with ExitStack() as stack:
         try:
-            students = start_students(job, prepared, identity, checkpoint, slots, stack, partial(look, job, teacher))
+            rollouts, exchange = start_rollouts(job, prepared, checkpoint, slots, stack) or (None, None)
+            meanwhile = partial(look, job, teacher)
+            students = start_students(job, prepared, identity, checkpoint, slots, stack, meanwhile, exchange)
             facts = ready(job, teacher, students)
             students.start("run", teacher.access)
-            return facts, watch(job, teacher, students)
+            return facts, watch(job, teacher, students, rollouts)
         except StudentError as fault:
             # Said before what is left of the group is killed, which takes its time.
             _LOG.warning("the student is lost: %s", fault)
@@ -124,11 +127,12 @@ def evaluate(job: Job, resume: str) -> None:
     print(json.dumps(report, indent=1))
 
 
-def watch(job: Job, teacher: Teacher, students: StudentGroup) -> dict[str, Any]:
+def watch(job: Job, teacher: Teacher, students: StudentGroup, rollouts: RolloutGuard | None = None) -> dict[str, Any]:
     """Show what happens until every student rank has reported; returns rank 0's report.
 
     Raises:
         TeacherError: the teacher is lost, and not to be rebuilt.
+        OnPolicyError: so is who writes the student's text.
         StudentError: a rank died, or does not answer; or whatever a rank raised.
         Stopped: the run was asked to stop, and the students left or their grace was over.
     """
@@ -138,7 +142,7 @@ def watch(job: Job, teacher: Teacher, students: StudentGroup) -> dict[str, Any]:
     while len(reports) < len(students.running):
         pending = [call for call in students.running if call not in reports]
         ended, _ = ray.wait(pending, timeout=POLL_S)
-        events = [*teacher.events(), *students.events()]
+        events = [*teacher.events(), *students.events(), *(rollouts.events() if rollouts is not None else [])]
         show(events, job.display)
         for call in ended:
             reports[call] = students.result(call)

@@ -40,6 +40,10 @@ class StudentError(KdscaleError):
     """A student rank died, or did not answer in time."""
 
 
+class OnPolicyError(KdscaleError):
+    """The student's own text was not written: who writes it was lost, or what it is told is damaged."""
+
+
 class StreamError(KdscaleError):
     """A request for soft targets could not be served by any endpoint."""
 

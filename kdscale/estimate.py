@@ -149,7 +149,7 @@ def item_bytes(dtype: Dtype, gpus_per_rank: int) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
-def host_memory(config: RunConfig, *, teacher: bool, student: bool) -> int | None:
+def host_memory(config: RunConfig, *, teacher: bool, student: bool, rollouts: bool = False) -> int | None:
     """Bytes of host memory that the ranks on CPUs which are started need together for weights and model states; ``None``:
     unknown.
 
@@ -168,6 +168,8 @@ def host_memory(config: RunConfig, *, teacher: bool, student: bool) -> int | Non
     if not student:
         return needed
     parallel, width = config.student.parallel, item_bytes(student_dtype(config), 0)
+    if rollouts and config.on_policy is not None:
+        needed += config.on_policy.ranks * parameters * width
     # The stages of a pipeline hold one model between them, but each rank builds the whole one first.
     states = student_memory(parameters, trained, config.zero_stage, parallel.data, width)
     building = parallel.pipeline * parallel.data * parameters * width

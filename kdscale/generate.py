@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from kdscale.cluster.security import Authority, needs_tls
 from kdscale.config.schema import RunConfig
@@ -25,6 +24,7 @@ from kdscale.config.sections import GenerateSection
 from kdscale.config.teachers import require_one_teacher
 from kdscale.data.corpus import Split
 from kdscale.data.images import Pixels
+from kdscale.data.prompts import prompts_in
 from kdscale.data.reading import RunCorpus
 from kdscale.data.tokenizer import Tokenizer
 from kdscale.durable import sync_directory, write_durably
@@ -211,13 +211,7 @@ class Writing:
 
 def prompts_of(split: Split, section: GenerateSection, eos_id: int | None) -> list[Prompt]:
     """A prompt for each continuation to write. Raises: DataError when the text has none."""
-    found: list[tuple[int, ...]] = []
-    for index in range(len(split)):
-        ids, trained = split.document(index)
-        for ids_P in _openings(ids, trained, section, eos_id):
-            if section.limit is not None and len(found) == section.limit:
-                break
-            found.append(tuple(ids_P.tolist()))
+    found = list(islice(prompts_in(split, section.prompt_tokens, section.new_tokens, eos_id), section.limit))
     if not found:
         raise DataError("data.train holds no prompt: no token stands before what is trained on")
     return [
@@ -225,22 +219,6 @@ def prompts_of(split: Split, section: GenerateSection, eos_id: int | None) -> li
         for number, ids in enumerate(found)
         for sample in range(section.samples)
     ]
-
-
-def _openings(
-    ids: np.ndarray, trained: np.ndarray, section: GenerateSection, eos_id: int | None
-) -> Iterator[np.ndarray]:
-    if not trained.all():
-        first = int(trained.argmax()) if trained.any() else len(ids)
-        if first:
-            yield ids[:first]
-        return
-    if len(ids) and ids[-1] == eos_id:
-        ids = ids[:-1]
-    most = section.prompt_tokens
-    for start in range(0, max(len(ids) - most, 0) + 1, most + section.new_tokens):
-        if len(piece := ids[start : start + most]):
-            yield piece
 
 
 def _batches(prompts: list[Prompt], first: int, rows: int) -> Iterator[list[Prompt]]:

@@ -93,6 +93,19 @@ _KINDS: dict[str, Kind] = {
     "stream": "free",
     # What was generated is text like any other, and counts by its content.
     "generate": "free",
+    "on_policy.heldout_prompts": "free",
+    "on_policy.batch_rows": "rounding",
+    # A step's text is written by one rank, whichever.
+    "on_policy.ranks": "free",
+    "on_policy.cpus_per_rank": "rounding",
+    "on_policy.gpus_per_rank": "rounding",
+    "on_policy.start_seconds": "free",
+    "on_policy.heartbeat_seconds": "free",
+    "on_policy.restarts": "free",
+    "on_policy.restart_wait_seconds": "free",
+    "on_policy.restart_forget_seconds": "free",
+    "on_policy.give_up_seconds": "free",
+    "on_policy": "meaning",
     "checkpoint": "free",
     "export": "free",
     "evaluate": "free",
@@ -149,6 +162,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
         found = {name: value for name, value in found.items() if not name.startswith("teachers.")}
     if config.data.teacher_column is None:
         del found["data.teacher_column"]
+    if config.on_policy is None:
+        del found["on_policy"]
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 

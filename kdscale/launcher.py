@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kdscale import log
 from kdscale.config import RunConfig
+from kdscale.config.on_policy import require_none
 from kdscale.errors import ConfigError, StudentError
 from kdscale.node import address_in, rank_environment
 from kdscale.roster import Roster
@@ -116,9 +117,11 @@ def launch(
     as long. Nothing of the run is left on this host.
 
     Raises:
+        ConfigError: on_policy needs Ray.
         StudentError: a rank died without a word, or the launcher did.
         PlacementError: another process works on the same run on this host.
     """
+    require_none(config.on_policy)
     directory = Path(config.run.dir) / config.run.name
     ranks = hosts.slots[hosts.name]
     gpus = list(range(ranks))

@@ -34,6 +34,12 @@ class StepMetrics:
     checkpoint_stall_seconds: float
     """Training stood still for checkpoints, between the step before and this one."""
     tokens_per_second: float
+    rollout_tokens: int = 0
+    """Trained tokens that the student itself wrote: all of an on-policy step's."""
+    staleness_steps: int | None = None
+    """On-policy: how many steps older than this one the weights were that wrote its text."""
+    rollout_wait_seconds: float = 0.0
+    """Time rank 0 stood waiting for that text."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

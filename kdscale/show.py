@@ -62,6 +62,10 @@ def _layout(config: RunConfig) -> Table:
     served = config.named_teachers.values() if live else ()
     cpus = sum(one.replicas * one.ranks * one.cpus_per_rank for one in served) + ranks * student.cpus_per_rank
     gpus = sum(one.replicas * one.ranks * one.gpus_per_rank for one in served) + ranks * student.gpus_per_rank
+    if (writers := config.on_policy) is not None:
+        each = f"a whole student each; {writers.cpus_per_rank} CPU, {writers.gpus_per_rank} GPU each"
+        table.add_row("rollouts", f"{writers.ranks} ranks, {each}")
+        cpus, gpus = cpus + writers.ranks * writers.cpus_per_rank, gpus + writers.ranks * writers.gpus_per_rank
     table.add_row("in all", f"{cpus} CPU, {gpus} GPU")
     return table
 

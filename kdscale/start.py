@@ -1,6 +1,7 @@
 """Places on the cluster, and teacher and student started on them; each ends with the stack it was started on."""
 
 import secrets
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 from ray.util.placement_group import PlacementGroup
 
 from kdscale import supervise
-from kdscale.cluster.placement import cluster, require_memory, reserve
+from kdscale.cluster.placement import Ask, cluster, require_memory, reserve
 from kdscale.cluster.security import Authority, needs_tls
 from kdscale.config.schema import RunConfig
 from kdscale.config.sections import StreamSection
@@ -23,6 +24,8 @@ from kdscale.engine.checkpoint import Checkpoint
 from kdscale.errors import StreamError, TeacherError
 from kdscale.estimate import host_memory
 from kdscale.node import address_in
+from kdscale.on_policy.service import RolloutGuard, rollout_ask
+from kdscale.on_policy.worker import RolloutSetup
 from kdscale.prepare import Prepared
 from kdscale.stream.directory import DirectoryServer, Registry, list_endpoints
 from kdscale.stream.protocol import Access, require_same_meaning
@@ -167,25 +170,33 @@ class Slots:
     teachers: dict[str, list[PlacementGroup]]
     """By teacher, one a replica; none where somebody else serves the teachers, or nobody does."""
     student: PlacementGroup | None
+    rollouts: PlacementGroup | None = None
+    """None where the student learns on no text of its own."""
 
 
-def place(job: Job, stack: ExitStack, *, student: bool = True) -> Slots:
-    """Join or start the cluster and reserve places on it. Raises: PlacementError."""
+def place(job: Job, stack: ExitStack, *, student: bool = True, rollouts: bool = False) -> Slots:
+    """Join or start the cluster and reserve places on it; with ``rollouts`` also for who writes the student's text, where the
+    config has them. Raises: PlacementError."""
     config = job.config
     elsewhere = job.teacher_endpoints is not None or needs_no_teacher(config.targets)
     if config.cluster.address is None and not config.student.gpus_per_rank:
-        needed = host_memory(config, teacher=not elsewhere, student=student)
+        needed = host_memory(config, teacher=not elsewhere, student=student, rollouts=rollouts)
         if needed is not None:
             require_memory(needed, "what starts here (weights, and of a student gradients and optimizer)")
     job.display.phase("starting Ray" if config.cluster.address is None else "joining the Ray cluster")
     asks = {name: [teacher_ask(teacher)] * teacher.replicas for name, teacher in config.named_teachers.items()}
     teachers = {} if elsewhere else asks
     students = [student_ask(config.student)] if student else []
-    every = [*(ask for asked in teachers.values() for ask in asked), *students]
+    writers = [rollout_ask(config.on_policy)] if rollouts and config.on_policy is not None else []
+    every = [*(ask for asked in teachers.values() for ask in asked), *students, *writers]
     stack.enter_context(cluster(config.cluster, every, supervise.temp_dir()))
     stop_on_signals(job.stop)
-    groups = iter([stack.enter_context(reserve(ask, config.cluster.wait_seconds)) for ask in every])
-    return Slots({name: [next(groups) for _ in asked] for name, asked in teachers.items()}, next(groups, None))
+
+    def reserved(asks: list[Ask]) -> list[PlacementGroup]:
+        return [stack.enter_context(reserve(ask, config.cluster.wait_seconds)) for ask in asks]
+
+    served = {name: reserved(asked) for name, asked in teachers.items()}
+    return Slots(served, next(iter(reserved(students)), None), next(iter(reserved(writers)), None))
 
 
 def stop_on_signals(stop: threading.Event) -> None:
@@ -255,6 +266,31 @@ def start_replicas(
     return OwnTeacher(teachers, access)
 
 
+def start_rollouts(
+    job: Job, prepared: Prepared, checkpoint: Checkpoint | None, slots: Slots, stack: ExitStack
+) -> tuple[RolloutGuard, Path] | None:
+    """Let the ranks that write the student's text build, without waiting for them, and where they write for a life of it that
+    goes on from ``checkpoint``; none without on_policy."""
+    if slots.rollouts is None:
+        return None
+    exchanges = job.directory.absolute() / "on-policy"
+    shutil.rmtree(exchanges, ignore_errors=True)
+    stack.callback(shutil.rmtree, exchanges, ignore_errors=True)
+    # One for each life: a rank of an earlier one may be on its way to write.
+    exchange = exchanges / secrets.token_hex(4)
+    setup = RolloutSetup(
+        config=job.config,
+        meaning=prepared.meaning,
+        teacher_directory=str(prepared.teacher_directory.absolute()),
+        exchange=str(exchange),
+        start=checkpoint.step if checkpoint else 0,
+    )
+    guard = RolloutGuard(setup, slots.rollouts)
+    stack.callback(guard.stop)
+    guard.start()
+    return guard, exchange
+
+
 def start_students(
     job: Job,
     prepared: Prepared,
@@ -263,9 +299,10 @@ def start_students(
     slots: Slots,
     stack: ExitStack,
     meanwhile: Callable[[], None],
+    exchange: Path | None = None,
 ) -> StudentGroup:
     """Let the student ranks build, without waiting for the end of it; what ``meanwhile`` raises ends the wait for their
-    processes."""
+    processes. ``exchange``: see ``StudentSetup``."""
     assert slots.student is not None
     job.display.phase("building the student")
     setup = StudentSetup(
@@ -274,6 +311,7 @@ def start_students(
         identity=identity,
         run_directory=str(job.directory.absolute()),
         resume_from=str(checkpoint.directory.absolute()) if checkpoint else None,
+        exchange=str(exchange) if exchange is not None else None,
     )
     # Of this group alone: its teacher may be served with others, or recorded.
     keys = Keys(Authority().issue(), secrets.token_hex(32)) if needs_tls(job.config.stream) else None

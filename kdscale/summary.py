@@ -92,6 +92,7 @@ def make_summary(
         "accuracy_teacher": after.get("accuracy_teacher"),
         "accuracy_before": before.get("accuracy_student"),
         "accuracy_after": after.get("accuracy_student"),
+        **(_own_text(report) if config.on_policy is not None else {}),
         "canary": report["canary"],
         "changes_on_resume": report["changes"],
         "export_max_logit_difference": report["export_max_logit_difference"],
@@ -120,6 +121,25 @@ def _teachers(config: RunConfig, teacher_stats: list[dict[str, Any]]) -> dict[st
             "targets": sum(stats["targets"] for stats in ranks),
         }
     return found
+
+
+def _own_text(report: dict[str, Any]) -> dict[str, Any]:
+    """Of on-policy distillation: what the student learned on text of its own, and how near it is to the teacher there."""
+    totals = report["totals"]
+    before, after = report.get("own_quality_before") or {}, report.get("own_quality_after") or {}
+    steps, seconds = totals["rollout_steps"], totals["seconds"]
+    return {
+        "rollout_steps": steps,
+        "rollout_tokens": totals["rollout_tokens"],
+        "rollout_staleness_steps": totals["staleness_steps"] / steps if steps else None,
+        "rollout_staleness_steps_most": totals["most_staleness_steps"] if steps else None,
+        "rollout_wait_share": totals["rollout_wait_seconds"] / seconds if seconds else None,
+        "on_policy_tokens": after.get("num_tokens"),
+        "on_policy_kl_before": before.get("kl"),
+        "on_policy_kl": after.get("kl"),
+        "on_policy_reverse_kl_before": before.get("reverse_kl"),
+        "on_policy_reverse_kl": after.get("reverse_kl"),
+    }
 
 
 def _bytes_per_token(config: RunConfig, prepared: Prepared, report: dict[str, Any]) -> float:

@@ -20,6 +20,7 @@ from kdscale import log, roster, supervise
 from kdscale.config import RunConfig, load_config
 from kdscale.config.anchor import anchored
 from kdscale.config.load import dump_resolved
+from kdscale.config.on_policy import require_none
 from kdscale.errors import ConfigError, KdscaleError
 
 
@@ -56,6 +57,7 @@ def train(config: RunConfig, given: argparse.Namespace) -> int:
     from kdscale.summary import make_summary, measure_models
     from kdscale.waits import show
 
+    require_none(config.on_policy)
     began, rank, world = time.monotonic(), int(launched("RANK")), int(launched("WORLD_SIZE"))
     wanted = topology_of(config.student.parallel).world
     if wanted != world:

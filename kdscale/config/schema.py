@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from kdscale.config.on_policy import OnPolicySection
 from kdscale.config.schedule import ends, value_at
 from kdscale.config.section import Section
 from kdscale.config.sections import (
@@ -56,6 +57,8 @@ class RunConfig(Section):
     """Requests and listeners."""
     generate: GenerateSection = GenerateSection()
     """What ``kdscale generate`` writes."""
+    on_policy: OnPolicySection | None = None
+    """Let the student learn on text of its own."""
     checkpoint: CheckpointSection = CheckpointSection()
     """When to save."""
     export: ExportSection = ExportSection()
@@ -167,6 +170,39 @@ class RunConfig(Section):
                 f"loss.temperature changes during the run, but a recording of targets.payload = {targets.payload} holds one"
                 " temperature; use a constant one, or targets.payload: hidden"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _on_policy(self) -> "RunConfig":
+        if self.on_policy is None:
+            return self
+        refused = {
+            f"task = {self.task}": (self.task != "language-modelling", "only language models write"),
+            f"teachers.others = {', '.join(self.teachers.others)}": (
+                bool(self.teachers.others),
+                "text of the student belongs to no teacher of several; use one",
+            ),
+            f"targets.source = {self.targets.source}": (
+                self.targets.source != "live",
+                "what the student will write is in no recording, and needs a teacher; use targets.source: live",
+            ),
+            f"student.parallel.pipeline = {self.student.parallel.pipeline}": (
+                self.student.parallel.pipeline > 1,
+                "use student.parallel.pipeline: 1 with data ranks, at any ZeRO stage",
+            ),
+            f"loss.hard_weight = {self.loss.hard_weight}": (
+                not self.loss.soft,
+                "the student's own text has no true labels; lower it",
+            ),
+            f"data.row_tokens = {self.data.row_tokens}": (
+                self.data.row_tokens < self.on_policy.longest_text,
+                f"below the {self.on_policy.longest_text} tokens that on_policy.prompt_tokens, new_tokens and an end token take;"
+                " raise it",
+            ),
+        }
+        for what, (is_so, why) in refused.items():
+            if is_so:
+                raise ValueError(f"{what} does not go with on_policy: {why}, or remove on_policy")
         return self
 
     @model_validator(mode="after")

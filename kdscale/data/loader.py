@@ -1,5 +1,6 @@
 """Batch ``n`` as a pure function of (corpus, config, n): the only cursor training has."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -98,14 +99,20 @@ class Loader:
 
     def _stack(self, number: int, numbers: list[int]) -> TokenBatch:
         rows = [self._row(row) for row in numbers]
-        routes = None
-        if self._split.routes is not None:
-            routes = np.stack([self._routes(n, row.segments) for n, row in zip(numbers, rows, strict=True)])
-        return TokenBatch(
-            number=number,
-            ids_RL=np.stack([row.ids for row in rows]),
-            segments_RL=np.stack([row.segments for row in rows]),
-            positions_RL=np.stack([row.positions for row in rows]),
-            predicts_RL=np.stack([row.predicts for row in rows]),
-            routes_RL=routes,
+        batch = stack(number, rows)
+        if self._split.routes is None:
+            return batch
+        return replace(
+            batch, routes_RL=np.stack([self._routes(n, row.segments) for n, row in zip(numbers, rows, strict=True)])
         )
+
+
+def stack(number: int, rows: list[Row]) -> TokenBatch:
+    """Rows of one length as batch ``number``."""
+    return TokenBatch(
+        number=number,
+        ids_RL=np.stack([row.ids for row in rows]),
+        segments_RL=np.stack([row.segments for row in rows]),
+        positions_RL=np.stack([row.positions for row in rows]),
+        predicts_RL=np.stack([row.predicts for row in rows]),
+    )

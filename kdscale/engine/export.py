@@ -1,7 +1,7 @@
 """A trained student as a Hugging Face model directory that plain transformers loads."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,17 +18,27 @@ from kdscale.errors import CheckpointError
 
 def whole_state(model: PreTrainedModel, rank: int) -> dict[str, torch.Tensor]:
     """The full state dict on rank 0 (elsewhere empty), one gathered parameter at a time; every rank calls it."""
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        with gathered([parameter]):
-            if rank == 0:
-                state[name] = parameter.detach().cpu().clone()
+    state = _whole(model.named_parameters(), rank)
     if rank == 0:
         parameters = set(state)
         persistent = {name: value for name, value in model.state_dict().items() if value.numel()}
         state |= {
             name: value for name, value in persistent.items() if name not in parameters and name in _buffers(model)
         }
+    return state
+
+
+def trained_state(model: PreTrainedModel, rank: int) -> dict[str, torch.Tensor]:
+    """Like ``whole_state``, of the trained parameters alone."""
+    return _whole(((name, one) for name, one in model.named_parameters() if one.requires_grad), rank)
+
+
+def _whole(parameters: Iterable[tuple[str, nn.Parameter]], rank: int) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters:
+        with gathered([parameter]):
+            if rank == 0:
+                state[name] = parameter.detach().cpu().clone()
     return state
 
 

@@ -91,6 +91,14 @@ def write_on(
     return [_finished(new, sampling, ends, decode) for new, _ in zip(new_RL, prompts, strict=False)]
 
 
+def end_tokens(model: PreTrainedModel, eos_id: int | None) -> list[int]:
+    """The tokens that end a text, by the model's own account or the tokenizer's."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if named is None:
+        named = [] if eos_id is None else [eos_id]
+    return list(named) if isinstance(named, list) else [named]
+
+
 def _finished(
     new: list[int], sampling: Sampling, ends: Sequence[int], decode: Callable[[Sequence[int]], str]
 ) -> Continuation:

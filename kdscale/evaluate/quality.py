@@ -4,6 +4,7 @@ Exact over the full vocabulary: the teacher's hidden states come over the stream
 T = positions, V = true vocabulary, D = hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from kdscale.head import Head
 from kdscale.losses.divergence import Divergence
 from kdscale.losses.fused import STATS, fused_loss
 from kdscale.losses.objective import Objective
-from kdscale.spec import TargetSpec
+from kdscale.spec import DivergenceName, TargetSpec
 from kdscale.stream.prefetch import Prefetcher
 from kdscale.stream.source import TargetSource
 
@@ -85,10 +86,23 @@ def _right(batches: list[Batch], hidden: list[torch.Tensor], head: Head) -> int:
     return right
 
 
+def share_of(batches: list[Batch], rank: int, ranks: int) -> list[Batch]:
+    """The batches of one of several ranks; every rank has as many, so that all run the same number of forwards."""
+    share = batches[rank::ranks]
+    if len(share) < -(-len(batches) // ranks):
+        share.append(batches[0].cut(slice(0, 1)).untrained())
+    return share
+
+
 def scored(
-    hidden_TD: torch.Tensor, head: Head, labels_T: torch.Tensor, targets: SoftTargets | None, teacher: Head | None
+    hidden_TD: torch.Tensor,
+    head: Head,
+    labels_T: torch.Tensor,
+    targets: SoftTargets | None,
+    teacher: Head | None,
+    divergence: DivergenceName = "forward_kl",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``fused_loss`` of the forward KL at temperature 1; ``teacher`` is the head that hidden targets need."""
+    """``fused_loss`` of a divergence at temperature 1; ``teacher`` is the head that hidden targets need."""
     return fused_loss(
         hidden_TD,
         head.weight_VD,
@@ -96,7 +110,7 @@ def scored(
         head.spec,
         labels_T,
         targets,
-        Objective(Divergence("forward_kl")),
+        Objective(Divergence(divergence)),
         chunk_bytes=CHUNK_BYTES,
         teacher_head=teacher,
     )
@@ -113,6 +127,20 @@ def quality_sums(student_hidden: list[torch.Tensor], student_head: Head, view: T
         stats = dict(zip(STATS, scored(hidden_TD, student_head, targets.labels_T, targets, view.head)[1], strict=True))
         for index, name in ((0, "kl"), (1, "top1_agree"), (2, "hard"), (4, "count")):
             sums[index] += stats[name].double().cpu()
+    return sums
+
+
+@torch.no_grad()
+def divergence_sums(
+    student_hidden: list[torch.Tensor], student_head: Head, view: TeacherView, names: Sequence[DivergenceName]
+) -> torch.Tensor:
+    """float64 sums [each divergence of ``names``, positions], in nats at temperature 1, to be added over ranks."""
+    sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+    for hidden_TD, targets in zip(student_hidden, view.targets, strict=True):
+        for index, name in enumerate(names):
+            stats = scored(hidden_TD, student_head, targets.labels_T, targets, view.head, name)[1]
+            sums[index] += stats[STATS.index("soft")].double().cpu()
+        sums[-1] += len(targets)
     return sums
 
 

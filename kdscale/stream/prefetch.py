@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,6 +22,11 @@ class Fetched:
     waited_s: float
 
 
+Request = tuple[Batch | Callable[[], Batch], TargetSpec]
+"""A batch, or what gives one; a thread of the window's waits for it. Threads take them in order, so that one may wait for what
+comes of those before it."""
+
+
 class Prefetcher:
     """A window of at most ``in_flight`` requests, refilled when half of it is used.
 
@@ -30,12 +35,12 @@ class Prefetcher:
     nothing is asked for beyond it.
     """
 
-    def __init__(self, source: TargetSource, requests: Iterator[tuple[Batch, TargetSpec]], in_flight: int) -> None:
+    def __init__(self, source: TargetSource, requests: Iterator[Request], in_flight: int) -> None:
         self._source = source
         self._requests = requests
         self._in_flight = in_flight
         self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="prefetch")
-        self._window: deque[tuple[Batch, Future[SoftTargets]]] = deque()
+        self._window: deque[Future[tuple[Batch, SoftTargets]]] = deque()
         self._closed = threading.Event()
         self._fill()
 
@@ -44,23 +49,27 @@ class Prefetcher:
             request = next(self._requests, None)
             if request is None:
                 return
-            self._window.append((request[0], self._pool.submit(self._source.fetch, *request)))
+            self._window.append(self._pool.submit(self._fetch, *request))
+
+    def _fetch(self, batch: Batch | Callable[[], Batch], spec: TargetSpec) -> tuple[Batch, SoftTargets]:
+        batch = batch() if callable(batch) else batch
+        return batch, self._source.fetch(batch, spec)
 
     def next(self) -> Fetched:
         """The next batch with its targets.
 
         Raises:
             StopIteration: the batches are used up.
-            StreamError, IdentityError: what the fetch raised.
+            StreamError, IdentityError, OnPolicyError: what the fetch, or the batch, raised.
             PayloadError, CoverageError: the targets are not those of this batch's labels.
         """
         if len(self._window) <= self._in_flight // 2:
             self._fill()
         if not self._window:
             raise StopIteration
-        batch, future = self._window.popleft()
+        future = self._window.popleft()
         start = time.monotonic()
-        targets = future.result()
+        batch, targets = future.result()
         waited_s = time.monotonic() - start
         check_alignment(batch, targets)
         return Fetched(batch, targets, waited_s)
@@ -68,7 +77,7 @@ class Prefetcher:
     def settle(self) -> None:
         """Refill the window and wait until nothing is in flight. Raises: what a fetch raised."""
         self._fill()
-        for _, future in self._window:
+        for future in self._window:
             future.result()
 
     def close(self) -> None:

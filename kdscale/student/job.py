@@ -26,8 +26,8 @@ from kdscale.engine.shards import index_files
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.canary import run_canary, served_topk
 from kdscale.evaluate.plain import plain_logits
-from kdscale.evaluate.quality import NO_SUMS, Quality, label_sums, quality
-from kdscale.evaluate.views import AnyView, TargetSources, teachers_of, view_of
+from kdscale.evaluate.quality import NO_SUMS, Quality, label_sums, quality, share_of
+from kdscale.evaluate.views import AnyView, TargetSources, View, teachers_of, view_of
 from kdscale.head import Head
 from kdscale.metrics import MetricsFile, StepMetrics
 from kdscale.mirror import Mirror, mirror_of
@@ -37,6 +37,7 @@ from kdscale.stream.source import TeacherSource
 from kdscale.stream.whole import needs_no_teacher
 from kdscale.student.keeping import Keeping
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
+from kdscale.student.own_text import OwnText, open_own_text
 from kdscale.student.resume import WAYS, go_on_from, require_one_environment
 from kdscale.student.saving import Saving
 from kdscale.student.sources import open_source
@@ -98,6 +99,7 @@ class StudentJob:
         self._metrics: MetricsFile | None = None
         self._saving: Saving | None = None
         self._keeping: Keeping | None = None
+        self._own_text: OwnText | None = None
         if setup.resume_from is not None:
             found = checkpoints.verify(Path(setup.resume_from))
             way, self._notes = go_on_from(
@@ -141,7 +143,11 @@ class StudentJob:
     def run(self, access: Access | None) -> dict[str, Any]:
         """Canary, quality before, training, quality after, export. Raises: any KdscaleError."""
         with self._open_saving() as saving:
-            return self._run(access, saving)
+            try:
+                return self._run(access, saving)
+            finally:
+                if self._own_text is not None:
+                    self._own_text.close()
 
     def _run(self, access: Access | None, saving: Saving) -> dict[str, Any]:
         config = self._config
@@ -151,6 +157,7 @@ class StudentJob:
         loader = make_loader(corpus.train, config.data, cut.rows, config.run.seed)
         if isinstance(source, Filling):
             self._keeping = Keeping(source, config, loader, corpus, self._rank, self._device, self._emit)
+        self._own_text = open_own_text(self._setup, self._student, loader, self._topology, self._rank, self._start)
         trainer = Trainer(
             config,
             loader,
@@ -160,6 +167,7 @@ class StudentJob:
             self._student.step(cut),
             emit=self._step_done,
             saving=saving,
+            own_text=self._own_text,
         )
         if self._rank == 0:
             self._metrics = MetricsFile(self._directory / "metrics.jsonl", self._start)
@@ -170,6 +178,8 @@ class StudentJob:
             if held_out is not None and "quality_before" not in self._notes:
                 self._phase("measuring the student before training")
                 self._notes["quality_before"] = self._quality(held_out).as_dict()
+            if held_out is not None and self._start == 0:
+                self._notes |= self._own_quality(source, held_out, "own_quality_before")
             self._phase("training")
             totals = Totals(**self._notes["totals"]) if "totals" in self._notes else Totals()
             outcome = trainer.run(self._start, totals, prefetcher)
@@ -184,6 +194,8 @@ class StudentJob:
             self._phase("measuring the student after training")
             after = self._quality(held_out).as_dict()
             report |= {"quality_before": self._notes["quality_before"], "quality_after": after}
+            report |= {"own_quality_before": self._notes.get("own_quality_before")}
+            report |= self._own_quality(source, held_out, "own_quality_after")
         self._phase("exporting")
         report["export_max_logit_difference"] = self._export(loader.batch(0).cut(slice(0, 1)), save_reader)
         report["teacher_stats"] = source.teacher_stats()
@@ -253,6 +265,8 @@ class StudentJob:
         self._emit({"kind": "step", "metrics": metrics.as_dict()})
         if self._keeping is not None:
             self._keeping.after_step(metrics.step)
+        if self._own_text is not None:
+            self._own_text.after_step(metrics.step)
 
     def _phase(self, name: str) -> None:
         self._emit({"kind": "phase", "phase": name})
@@ -295,11 +309,7 @@ class StudentJob:
         if self._config.task != "language-modelling":
             rows = _HELD_OUT_EXAMPLES
         batches: list[Batch] = list(loader.heldout_batches(data.heldout_tokens, rows_per_batch=rows))
-        ranks = self._topology.data
-        share = batches[self._topology.data_rank(self._rank) :: ranks]
-        if len(share) < -(-len(batches) // ranks):
-            share.append(batches[0].cut(slice(0, 1)).untrained())
-        return share
+        return share_of(batches, self._topology.data_rank(self._rank), self._topology.data)
 
     @torch.no_grad()
     def _quality(self, held_out: _HeldOut) -> Quality:
@@ -312,6 +322,14 @@ class StudentJob:
         classes = self._config.task != "language-modelling"
         summed = process.sum_over_ranks(sums.to(self._device, copy=True)).cpu()
         return quality(summed, classes=classes, teacher=self._has_teacher)
+
+    def _own_quality(self, source: TargetSources, held_out: _HeldOut, name: str) -> dict[str, Any]:
+        """How near the student is to its teacher on text of its own, as a note of that ``name``; nothing without on_policy."""
+        if self._own_text is None or not isinstance(held_out.view, View):
+            return {}
+        (teacher,) = teachers_of(source).values()
+        self._phase("measuring the student on text of its own")
+        return {name: self._own_text.measure(teacher, held_out.view.teacher.head, self._device)}
 
     # ---- what stays ----
 
@@ -332,13 +350,17 @@ class StudentJob:
             self._rank,
             identity=self._setup.identity,
             notes=self._noted,
-            small=lambda: index_files(self._rank, self._student.partition.describe()),
+            small=self._small_files,
             emit=self._emit,
             should_stop=self._should_stop,
             grace_s=config.cluster.grace_seconds,
             mirror=Mirror(url, config.checkpoint.keep, self._start) if url is not None and self._rank == 0 else None,
         )
         return self._saving
+
+    def _small_files(self) -> dict[str, bytes]:
+        own = {} if self._own_text is None else self._own_text.files()
+        return index_files(self._rank, self._student.partition.describe()) | own
 
     def _noted(self, totals: Totals) -> dict[str, Any]:
         return self._notes | {"totals": asdict(totals), "dtype": self._dtype_name}

@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import xxhash
@@ -18,6 +19,7 @@ from kdscale.metrics import StepMetrics
 from kdscale.spec import TargetSpec
 from kdscale.stream.prefetch import Prefetcher
 from kdscale.stream.source import TargetSource
+from kdscale.student.own_text import OwnText
 from kdscale.student.step import MicroBatch, Signals, Step, StepResult
 from kdscale.topology import BatchCut, Topology
 
@@ -30,13 +32,25 @@ class Totals:
     seconds: float = 0.0
     wait_seconds: float = 0.0
     checkpoint_stall_seconds: float = 0.0
+    rollout_steps: int = 0
+    """On-policy ones."""
+    rollout_tokens: int = 0
+    rollout_wait_seconds: float = 0.0
+    staleness_steps: int = 0
+    most_staleness_steps: int = 0
 
     def plus(self, metrics: StepMetrics) -> "Totals":
+        stale = metrics.staleness_steps
         return Totals(
             self.tokens + metrics.num_tokens,
             self.seconds + metrics.seconds,
             self.wait_seconds + metrics.wait_seconds,
             self.checkpoint_stall_seconds + metrics.checkpoint_stall_seconds,
+            self.rollout_steps + (stale is not None),
+            self.rollout_tokens + metrics.rollout_tokens,
+            self.rollout_wait_seconds + metrics.rollout_wait_seconds,
+            self.staleness_steps + (stale or 0),
+            max(self.most_staleness_steps, stale or 0),
         )
 
 
@@ -50,6 +64,12 @@ class Outcome:
     """Asked to stop before the last step."""
 
 
+class Batches(Protocol):
+    """What steps train on."""
+
+    def batch(self, number: int) -> Batch: ...
+
+
 class Saving(Protocol):
     """What the loop knows of checkpoints; see ``student.saving``."""
 
@@ -61,7 +81,7 @@ class Saving(Protocol):
 
 
 class Trainer:
-    """Batch number = step number = the only cursor: step ``n`` trains on ``loader.batch(n)``, wherever it starts."""
+    """Batch number = step number = the only cursor: step ``n`` trains on batch ``n``, wherever it starts."""
 
     def __init__(
         self,
@@ -74,22 +94,28 @@ class Trainer:
         *,
         emit: Callable[[StepMetrics], None],
         saving: Saving,
+        own_text: OwnText | None = None,
     ) -> None:
+        """``own_text``: what on-policy steps train on, and the loader's batches in the others; none trains on the loader's."""
         self._config = config
         self._train = config.train
-        self._loader = loader
+        self._own_text = own_text
+        self._batches: Batches = own_text or loader
         self._cut = cut
         self._rank, self._data_rank = rank, topology.data_rank(rank)
         self._step = step
         self._emit = emit
         self._saving = saving
 
-    def requests(self, start: int) -> Iterator[tuple[Batch, TargetSpec]]:
-        """This rank's micro-batches from step ``start`` on, in the order they are trained on, and what each asks for."""
+    def requests(self, start: int) -> Iterator[tuple[Callable[[], Batch], TargetSpec]]:
+        """What gives this rank's micro-batches from step ``start`` on, in the order they are trained on, and what each asks
+        for."""
         for number in range(start, self._train.steps):
-            batch = self._loader.batch(number)
             for micro in range(self._cut.micro_steps):
-                yield batch.cut(self._cut.rows_of(self._data_rank, micro)), self._config.target_spec(number)
+                yield partial(self._share, number, micro), self._config.target_spec(number)
+
+    def _share(self, number: int, micro: int) -> Batch:
+        return self._batches.batch(number).cut(self._cut.rows_of(self._data_rank, micro))
 
     def prefetch(self, start: int, source: TargetSource) -> Prefetcher:
         """Requests for everything from step ``start`` on, as far ahead as the window allows; asks at once."""
@@ -97,19 +123,32 @@ class Trainer:
 
     def run(self, start: int, totals: Totals, prefetcher: Prefetcher | None) -> Outcome:
         """Train from step ``start``; without a prefetcher this rank's micro-batches come without soft targets."""
-        tokens_only = (batch for batch, _ in self.requests(start)) if prefetcher is None else None
+        tokens_only = (batch() for batch, _ in self.requests(start)) if prefetcher is None else None
         for number in range(start, self._train.steps):
             began = time.monotonic()
             digest = xxhash.xxh3_64()
             seed_step(self._config.run.seed, number, self._rank)
+            rollout = self._own_text.rollout(number) if self._own_text is not None else None
+            rollout_wait_s = time.monotonic() - began
+            objective = objective_at(self._config.loss, number, self._train.steps)
+            if rollout is not None:
+                # No label of what the student wrote is a true one.
+                objective = replace(objective, hard_weight=0.0)
             result = self._step.train(
                 self._fetch(prefetcher, tokens_only, digest),
-                objective_at(self._config.loss, number, self._train.steps),
-                self._loader.batch(number).num_tokens,
+                objective,
+                self._batches.batch(number).num_tokens,
                 learning_rate(number, self._train),
                 signals=self._saving.signals,
             )
             metrics = self._metrics(number, result, digest.hexdigest(), time.monotonic() - began)
+            if rollout is not None:
+                metrics = replace(
+                    metrics,
+                    rollout_tokens=result.num_tokens,
+                    staleness_steps=rollout.staleness_steps,
+                    rollout_wait_seconds=rollout_wait_s,
+                )
             totals = totals.plus(metrics)
             self._emit(metrics)
             done = number + 1

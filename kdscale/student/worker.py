@@ -25,6 +25,8 @@ class StudentSetup:
     run_directory: str
     resume_from: str | None
     """Directory of a verified checkpoint; none starts fresh."""
+    exchange: str | None = None
+    """Directory through which this life of the student tells its weights and gets its own text; none without on_policy."""
 
     @property
     def teacher(self) -> Known:

@@ -157,23 +157,15 @@ class TeacherRank:
     def generate(self, prompts: "list[Prompt]", sampling: Sampling) -> "list[Continuation]":
         """Continuations of this rank's share of a batch; every rank of the replica is called, also without a share."""
         from kdscale.data.tokenizer import load_tokenizer
-        from kdscale.engine.generation import write_on
+        from kdscale.engine.generation import end_tokens, write_on
 
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self._model_directory)
         model = self._inference.model
-        ends = _ends(getattr(model, "generation_config", None), self._tokenizer.eos_id)
+        ends = end_tokens(model, self._tokenizer.eos_id)
         vocab_size = self._setup.meaning.vocab_size
         return write_on(model, prompts, sampling, vocab_size, ends, self._tokenizer.decode, self._device)
 
     def stop(self) -> None:
         """Rank 0: deal no further forward."""
         self._lockstep_server.stop()
-
-
-def _ends(generation_config: Any, eos_id: int | None) -> list[int]:
-    """The tokens that end a text, by the model's own account or the tokenizer's."""
-    named = getattr(generation_config, "eos_token_id", None)
-    if named is None:
-        named = [] if eos_id is None else [eos_id]
-    return list(named) if isinstance(named, list) else [named]

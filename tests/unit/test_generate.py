@@ -1,54 +1,22 @@
-"""Prompts out of documents, lines of continuations, and the file as it grows."""
+"""Prompts with numbers, lines of continuations, and the file as it grows."""
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from kdscale.config.sections import GenerateSection
 from kdscale.engine.generation import Continuation, Prompt
 from kdscale.errors import DataError, IdentityError
 from kdscale.generate import Writing, line, prompts_of
-
-EOS = 1
-
-
-class Documents:
-    """What ``prompts_of`` reads of a corpus."""
-
-    def __init__(self, *documents: tuple[list[int], list[bool]]) -> None:
-        self._documents = documents
-
-    def __len__(self) -> int:
-        return len(self._documents)
-
-    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        ids, trained = self._documents[index]
-        return np.array(ids, np.int32), np.array(trained)
+from tests.unit.data.test_prompts import EOS, Documents, plain
 
 
 def prompts(*documents: tuple[list[int], list[bool]], **settings: Any) -> list[Prompt]:
     section = GenerateSection(**{"prompt_tokens": 3, "new_tokens": 2, **settings})
     return prompts_of(Documents(*documents), section, EOS)  # type: ignore[arg-type]
-
-
-def plain(*ids: int) -> tuple[list[int], list[bool]]:
-    return list(ids), [True] * len(ids)
-
-
-def test_plain_text_is_cut_into_pieces_that_begin_with_prompts():
-    found = prompts(plain(*range(10, 23), EOS))
-    assert [one.ids for one in found] == [(10, 11, 12), (15, 16, 17), (20, 21, 22)]
-    assert [one.number for one in found] == [0, 1, 2]
-    assert [one.ids for one in prompts(plain(7, EOS))] == [(7,)], "a short text is a prompt as a whole"
-
-
-def test_of_a_conversation_the_prompt_is_what_is_not_trained_on():
-    found = prompts(([5, 6, 7, 8, 9], [False, False, False, False, True]))
-    assert [one.ids for one in found] == [(5, 6, 7, 8)]
 
 
 def test_samples_and_limit():

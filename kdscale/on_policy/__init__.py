@@ -1,0 +1,1 @@
+"""Text that a student writes while it trains, for its teacher to judge: on-policy distillation."""

@@ -108,12 +108,15 @@ def summary_table(summary: dict[str, Any]) -> Table:
         table.add_row("top-1 agreement", "1", number("top1_agreement_before"), number("top1_agreement_after"))
     if summary["accuracy_after"] is not None:
         table.add_row("accuracy", number("accuracy_teacher"), number("accuracy_before"), number("accuracy_after"))
-    table.add_row(
-        "perplexity",
-        number("perplexity_teacher", "{:.1f}"),
-        number("perplexity_before", "{:.1f}"),
-        number("perplexity_after", "{:.1f}"),
-    )
+    if summary["alignment"] is None:
+        measure, form = "perplexity", "{:.1f}"
+    else:
+        measure, form = "bits_per_byte", "{:.3f}"
+    values = (number(f"{measure}_{when}", form) for when in ("teacher", "before", "after"))
+    table.add_row(measure.replace("_", " "), *values)
+    if summary.get("aligned_share") is not None:
+        title = f"{summary['aligned_share']:.1%} of the tokens aligned, {summary['unaligned_bytes']:,} bytes not"
+        table.caption = f"{title}; {summary['matched_tokens']:,} tokens are of both vocabularies"
     table.add_row(
         "parameters (M)",
         number("teacher_parameters", "{:.1f}", million),

@@ -24,6 +24,7 @@ from kdscale.config.schema import RunConfig
 from kdscale.config.sections import GenerateSection
 from kdscale.data.corpus import Split
 from kdscale.data.images import Pixels
+from kdscale.data.pairs import TokenizerPair
 from kdscale.data.reading import RunCorpus
 from kdscale.data.tokenizer import Tokenizer
 from kdscale.durable import sync_directory, write_durably
@@ -47,10 +48,15 @@ def generate(job: Job, out: Path) -> None:
     config = job.config
     if config.task != "language-modelling":
         raise ConfigError(f"task = {config.task}: only language models write; use task: language-modelling")
+    if config.alignment.method is not None:
+        raise ConfigError(
+            f"alignment.method = {config.alignment.method}: the teacher writes with its own tokenizer; set alignment.method=null"
+            " alignment.tokenizer=null"
+        )
     prepared = prepare(config)
     tokenizer, corpus = prepared.reader, corpus_of(config, prepared, job.display.count)
     assert isinstance(corpus.train, Split)
-    assert not isinstance(tokenizer, Pixels)
+    assert not isinstance(tokenizer, Pixels | TokenizerPair)
     prompts = prompts_of(corpus.train, config.generate, tokenizer.eos_id)
     _require_room(prompts, config, prepared)
     rows = config.generate.batch_rows * config.teacher.ranks

@@ -9,10 +9,10 @@ from transformers import PretrainedConfig
 
 from kdscale import identity as identities
 from kdscale.config.schema import RunConfig
-from kdscale.data.examples import Reader
 from kdscale.data.images import Pixels
-from kdscale.data.reading import RunCorpus, load_reader, read_corpus
-from kdscale.data.tokenizer import Tokenizer, load_tokenizer
+from kdscale.data.pairs import TokenizerPair
+from kdscale.data.reading import AnyReader, RunCorpus, load_reader, read_corpus
+from kdscale.data.tokenizer import Tokenizer, load_tokenizer, require_exportable
 from kdscale.data.trial import require_sound
 from kdscale.engine import classifiers
 from kdscale.engine.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ class Prepared:
     """A run's inputs, found and checked."""
 
     teacher_directory: Path
-    reader: Reader
+    reader: AnyReader
     meaning: Meaning
     classes: tuple[str, ...] = ()
     """Names of a classifier's classes."""
@@ -64,14 +64,15 @@ def prepare(config: RunConfig) -> Prepared:
         vocab_size=teacher_tokenizer.vocab_size,
         hidden_size=text.hidden_size,
     )
-    return Prepared(directory, teacher_tokenizer, meaning)
+    return Prepared(directory, _reader(config, directory, teacher_tokenizer), meaning)
 
 
 def _prepare_classifier(config: RunConfig, directory: Path) -> Prepared:
     teacher = load_config(directory)
     classifiers.require_family(config.task, teacher, f"teacher.model = {config.teacher.model}")
     student = classifier_config(config.student, directory, config.task)
-    reader = load_reader(config.task, config.data, directory)
+    reader = load_reader(config.task, config.data, config.alignment, directory)
+    assert not isinstance(reader, TokenizerPair)
     if isinstance(reader, Pixels):
         student_pixels(config.student, directory, config.task)
         input_size = reader.size
@@ -104,12 +105,40 @@ def _require_room(config: RunConfig, models: dict[str, PretrainedConfig], num_id
             )
 
 
+def _reader(config: RunConfig, directory: Path, teacher: Tokenizer) -> AnyReader:
+    """The teacher's tokenizer, or with it one that the student has of its own. Raises: ModelError, IdentityError."""
+    if config.alignment.method is None:
+        return teacher
+    path = config.alignment.tokenizer
+    assert path is not None
+    require_sound(path)
+    pair = load_reader(config.task, config.data, config.alignment, directory)
+    assert isinstance(pair, TokenizerPair)
+    require_exportable(pair.student, f"alignment.tokenizer = {path}")
+    assert len(pair.matches)
+    if (model := _model_with_tokenizer(config)) is not None:
+        other = load_tokenizer(str(model))
+        if other.fingerprint != pair.student.fingerprint:
+            raise IdentityError(
+                f"student.model = {model} has tokenizer {other.fingerprint[:16]}, alignment.tokenizer = {path} has"
+                f" {pair.student.fingerprint[:16]}; set alignment.tokenizer to the student's directory"
+            )
+    return pair
+
+
+def _model_with_tokenizer(config: RunConfig) -> Path | None:
+    """The student's directory, where it holds a tokenizer."""
+    if config.student.init != "model" or config.student.model is None:
+        return None
+    student = resolve_model(config.student.model)
+    named = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return student if any((student / name).is_file() for name in named) else None
+
+
 def _require_same_tokenizer(config: RunConfig, teacher: Tokenizer) -> None:
     others = {"data.tokenizer": config.data.tokenizer}
-    if config.student.init == "model" and config.student.model is not None:
-        student = resolve_model(config.student.model)
-        if any((student / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            others["student.model"] = str(student)
+    if config.alignment.method is None and (student := _model_with_tokenizer(config)) is not None:
+        others["student.model"] = str(student)
     for name, path in others.items():
         if path is None:
             continue
@@ -119,6 +148,7 @@ def _require_same_tokenizer(config: RunConfig, teacher: Tokenizer) -> None:
             raise IdentityError(
                 f"{name} = {path} has tokenizer {other.fingerprint[:16]}, teacher.model = {config.teacher.model} has"
                 f" {teacher.fingerprint[:16]}: soft targets are about token ids, both must read text with one tokenizer"
+                " (alignment.tokenizer gives the student one of its own)"
             )
 
 
@@ -134,6 +164,8 @@ def run_identity(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "teacher": prepared.meaning.teacher,
         "tokenizer": prepared.meaning.tokenizer,
     }
+    if isinstance(prepared.reader, TokenizerPair):
+        identity["student_tokenizer"] = prepared.reader.student.fingerprint
     # Ranks know what `auto` stands for; what they resolved is in a checkpoint's notes.
     del identity["student.dtype"]
     if config.student.init == "model" and config.student.model is not None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from kdscale.config.alignment import AlignmentSection
 from kdscale.config.schedule import ends, value_at
 from kdscale.config.section import Section
 from kdscale.config.sections import (
@@ -45,6 +46,8 @@ class RunConfig(Section):
     """What the teacher sends."""
     loss: LossSection = LossSection()
     """What the student minimises."""
+    alignment: AlignmentSection = AlignmentSection()
+    """Whether the student has a tokenizer of its own."""
     train: TrainSection = TrainSection()
     """Steps, batch and optimizer."""
     deepspeed: dict[str, Any] = Field({})
@@ -113,6 +116,20 @@ class RunConfig(Section):
                 f"targets.encoding = {self.targets.encoding}: payload {payload} travels as"
                 f" {' or '.join(ENCODINGS[payload])}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _alignment(self) -> "RunConfig":
+        refusal = self.alignment.refusal(
+            task=self.task,
+            payload=self.targets.payload,
+            divergence=self.loss.divergence,
+            temperatures=ends(self.loss.temperature),
+            pipeline=self.student.parallel.pipeline,
+            soft=self.loss.soft,
+        )
+        if refusal is not None:
+            raise ValueError(refusal)
         return self
 
     @model_validator(mode="after")

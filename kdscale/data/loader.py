@@ -1,11 +1,11 @@
 """Batch ``n`` as a pure function of (corpus, config, n): the only cursor training has."""
 
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 from kdscale.batch import TokenBatch
-from kdscale.data.corpus import Split
 from kdscale.data.packing import Packing, Row, build_row, pack
 from kdscale.errors import DataError
 
@@ -43,6 +43,15 @@ class Order:
         return np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(self.num_rows)
 
 
+class Documents(Protocol):
+    """What rows are made of; see ``corpus.Split``."""
+
+    lengths: np.ndarray
+    all_trained: bool
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 class Loader:
     """Packed rows of one split, in the order of ``Order``.
 
@@ -50,7 +59,7 @@ class Loader:
         DataError: no row trains any token.
     """
 
-    def __init__(self, split: Split, packing: Packing, row_tokens: int, batch_rows: int, seed: int) -> None:
+    def __init__(self, split: Documents, packing: Packing, row_tokens: int, batch_rows: int, seed: int) -> None:
         self._split = split
         self._packing: Packing = packing
         self._row_tokens = row_tokens
@@ -74,14 +83,15 @@ class Loader:
 
     def batch(self, number: int) -> TokenBatch:
         """Batch ``number``, from 0, without end."""
-        return _stack(number, [self._row(int(self._rows[index])) for index in self._order.of_batch(number)])
+        return self._batch(number, self._rows[self._order.of_batch(number)])
 
     def heldout_batches(self, max_tokens: int, rows_per_batch: int) -> list[TokenBatch]:
         """Batches of rows spread evenly over the split, about ``max_tokens`` tokens in all (at least one row)."""
         spread = self._order.spread(max_tokens // self._row_tokens, rows_per_batch)
-        return [
-            _stack(number, [self._row(int(row)) for row in self._rows[chosen]]) for number, chosen in enumerate(spread)
-        ]
+        return [self._batch(number, self._rows[chosen]) for number, chosen in enumerate(spread)]
+
+    def _batch(self, number: int, rows: np.ndarray) -> TokenBatch:
+        return stack(number, [self._row(int(row)) for row in rows])
 
     def _row(self, row: int) -> Row:
         table = self._table
@@ -93,7 +103,7 @@ class Loader:
         return build_row(pieces, self._row_tokens, self._packing)
 
 
-def _stack(number: int, rows: list[Row]) -> TokenBatch:
+def stack(number: int, rows: list[Row]) -> TokenBatch:
     return TokenBatch(
         number=number,
         ids_RL=np.stack([row.ids for row in rows]),

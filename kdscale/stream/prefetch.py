@@ -15,7 +15,7 @@ from kdscale.stream.source import TargetSource
 
 @dataclass(frozen=True)
 class Fetched:
-    """A batch with its targets, and how long the trainer stood waiting for them."""
+    """A batch with the targets of what was asked of it, and how long the trainer stood waiting for them."""
 
     batch: Batch
     targets: SoftTargets
@@ -44,7 +44,8 @@ class Prefetcher:
             request = next(self._requests, None)
             if request is None:
                 return
-            self._window.append((request[0], self._pool.submit(self._source.fetch, *request)))
+            batch, spec = request
+            self._window.append((batch, self._pool.submit(self._source.fetch, batch.asked, spec)))
 
     def next(self) -> Fetched:
         """The next batch with its targets.
@@ -62,7 +63,7 @@ class Prefetcher:
         start = time.monotonic()
         targets = future.result()
         waited_s = time.monotonic() - start
-        check_alignment(batch, targets)
+        check_alignment(batch.asked, targets)
         return Fetched(batch, targets, waited_s)
 
     def settle(self) -> None:

@@ -22,8 +22,9 @@ CPU = torch.device("cpu")
 OURS, THEIRS = 11, 14
 MATCHES = Matches(np.array([3, 4, 5, 6, 10, 0]), np.array([13, 7, 8, 0, 2, 1]))
 PARTNER = dict(zip(MATCHES.teacher_M.tolist(), MATCHES.student_M.tolist(), strict=True))
-# (student's places, student's tokens, teacher's places, teacher's tokens): one to one and of both vocabularies; one to two, where the
-# student's token has a partner; two to one, where the teacher's has one; two to three; one to one of no token in common.
+# (student's places, student's tokens, teacher's places, teacher's tokens): one to one and of both vocabularies; one to two,
+# where the student's token has a partner; two to one, where the teacher's has one; two to three; one to one of no token in
+# common; two to two, whose second token is of both.
 SPANS = [
     ((0, 1), [3], (0, 1), [13]),
     ((2, 3), [4], (1, 3), [5, 6]),
@@ -94,9 +95,9 @@ def test_values_are_those_of_the_definition(name: str, k: int | None):
 
 
 def test_pinned_value():
-    """By hand: a span of one token and two. p = (1/2, 1/4, 1/4) and then 1/2 for the second token, q = (1/2, 1/2); the first tokens of
-    both vocabularies are the same. Text: 1/4 against 1/2. Token 0 is the teacher's first, of which half is left, but the student's single
-    token is spelt otherwise. Outcomes: text (1/4, q(1) = 1/2), token 0 (1/4, 1/2), rest (1/2, 0 -> 1e-6)."""
+    """By hand: two of the teacher's tokens, one of the student's. p = (1/2, 1/4, 1/4), then 1/2 for the second token; q = (1/2,
+    1/2); token 0 is of both. Half of the teacher's first token, 0, is the text's; the student's token 1 is the text. Outcomes:
+    text (1/4, 1/2), token 0 (1/4, 1/2), rest (1/2, 0 -> 1e-6)."""
     teacher = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]], dtype=torch.float64).log()
     soft = DenseTargets(torch.tensor([0, 1], dtype=torch.int32), teacher, 1.0)
     both = SpanPlaces(torch.tensor([0]), torch.tensor([1])), SpanPlaces(torch.tensor([0]), torch.tensor([2]))

@@ -117,10 +117,12 @@ def _reader(config: RunConfig, directory: Path, teacher: Tokenizer) -> AnyReader
     require_exportable(pair.student, f"alignment.tokenizer = {path}")
     assert len(pair.matches)
     if (model := _model_with_tokenizer(config)) is not None:
-        other = load_tokenizer(str(model))
-        if other.fingerprint != pair.student.fingerprint:
+        # An exported student keeps a SentencePiece model as it was.
+        files = [str(model / "tokenizer.model")] if (model / "tokenizer.model").is_file() else []
+        found = [load_tokenizer(one).fingerprint for one in [str(model), *files]]
+        if pair.student.fingerprint not in found:
             raise IdentityError(
-                f"student.model = {model} has tokenizer {other.fingerprint[:16]}, alignment.tokenizer = {path} has"
+                f"student.model = {model} has tokenizer {found[-1][:16]}, alignment.tokenizer = {path} has"
                 f" {pair.student.fingerprint[:16]}; set alignment.tokenizer to the student's directory"
             )
     return pair

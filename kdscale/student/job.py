@@ -119,10 +119,7 @@ class StudentJob:
             self._phase(f"going on from step {found.step}, {WAYS[way]}")
 
     def _lay_out(self, model: PreTrainedModel) -> Student:
-        config, vocab_size = (
-            self._config,
-            self._setup.meaning.vocab_size if self._pair is None else self._pair.vocab_size,
-        )
+        config, vocab_size = self._config, (self._pair or self._setup.meaning).vocab_size
         chunk_bytes = int(config.loss.chunk_mib * 2**20)
         settings = student_settings(config, self._dtype_name)
         if self._topology.pipeline == 1:

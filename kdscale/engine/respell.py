@@ -9,15 +9,12 @@ from transformers import PreTrainedModel
 from kdscale.data.corpus import opening_tokens
 from kdscale.data.pairs import TokenizerPair
 
-_CONTROL: list[int] = []
-
-
 @torch.no_grad()
 def respell(model: PreTrainedModel, pair: TokenizerPair) -> None:
     """Give ``model``, which reads the teacher's ids, embedding and head for the student's.
 
     A token of both vocabularies keeps its rows; another gets the mean of the rows of the tokens that the teacher reads its bytes
-    as (the start that Gee et al. 2022 found best, arXiv 2402.09977, section 3); one that stands for no text, the mean of all.
+    as (Fast Vocabulary Transfer: Gee et al. 2022, arXiv 2402.09977); one that stands for no text, the mean of all.
     """
     pieces = [_pieces(pair, index) for index in range(pair.vocab_size)]
     for own, other in zip(pair.matches.student_M.tolist(), pair.matches.teacher_M.tolist(), strict=True):
@@ -35,7 +32,7 @@ def _pieces(pair: TokenizerPair, index: int) -> list[int]:
     own, theirs = pair.spellings
     spelled = own[index]
     if not spelled:
-        return _CONTROL
+        return []
     try:
         found = pair.teacher.encode(spelled.decode())
         return found[opening_tokens(pair.teacher, found) :]

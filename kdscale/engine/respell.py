@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from kdscale.data.corpus import opening_tokens
 from kdscale.data.pairs import TokenizerPair
 
+
 @torch.no_grad()
 def respell(model: PreTrainedModel, pair: TokenizerPair) -> None:
     """Give ``model``, which reads the teacher's ids, embedding and head for the student's.

@@ -55,6 +55,11 @@ class TokenBatch:
         return self.ids_RL
 
     @property
+    def asked(self) -> "TokenBatch":
+        """What a teacher is asked about."""
+        return self
+
+    @property
     def trained(self) -> np.ndarray:
         """bool, by position."""
         return self.predicts_RL
@@ -86,16 +91,16 @@ class TokenBatch:
         """The token each trained position predicts, int32 [T], in row-major order: the one place that shifts."""
         return self.ids_RL[:, 1:][self.predicts_RL[:, :-1]]
 
-    def cut(self, rows: slice) -> "TokenBatch":
+    def cut(self, rows: slice) -> Self:
         """The given rows, as a batch of their own."""
         names = ("ids_RL", "segments_RL", "positions_RL", "predicts_RL", "routes_RL")
         return replace(self, **{name: one[rows] for name in names if (one := getattr(self, name)) is not None})
 
-    def rows(self) -> "list[TokenBatch]":
+    def rows(self) -> list[Self]:
         """Each row as a batch of its own."""
         return [self.cut(slice(row, row + 1)) for row in range(self.num_rows)]
 
-    def untrained(self) -> "TokenBatch":
+    def untrained(self) -> Self:
         """The same rows, of which none counts."""
         return replace(self, predicts_RL=np.zeros_like(self.predicts_RL))
 
@@ -167,6 +172,11 @@ class ExampleBatch:
     def inputs(self) -> np.ndarray:
         """See ``TokenBatch``."""
         return self.inputs_RL
+
+    @property
+    def asked(self) -> "ExampleBatch":
+        """See ``TokenBatch``."""
+        return self
 
     @property
     def trained(self) -> np.ndarray:

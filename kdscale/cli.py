@@ -25,6 +25,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+tokenizers = typer.Typer(no_args_is_help=True, help="Tokenizers of students that have their own.")
+app.add_typer(tokenizers, name="tokenizer")
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config, for instance configs/quickstart.yaml")]
 Overrides = Annotated[
     list[str] | None,
@@ -314,6 +317,28 @@ def doctor(
 
     if not report(load_config(config, overrides) if config else None, Console()):
         raise typer.Exit(1)
+
+
+@tokenizers.command(
+    name="train",
+    epilog="Examples:  kdscale tokenizer train configs/quickstart.yaml models/own.model --size 4096  |  kdscale train my.yaml"
+    " alignment.method=gold alignment.tokenizer=models/own.model",
+)
+def train_tokenizer(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="SentencePiece file to write (NAME.model)")],
+    overrides: Overrides = None,
+    size: Annotated[int, typer.Option(min=300, help="tokens, 256 for single bytes among them")] = 8192,
+) -> None:
+    """Make a SentencePiece vocabulary from the config's training text, for `alignment.tokenizer`."""
+    if out.suffix != ".model":
+        raise ConfigError(f"{out}: a SentencePiece file's name ends in .model; write {out.with_suffix('.model')}")
+    settings = load_config(config, overrides)
+    from kdscale.data.vocabulary import train_vocabulary
+
+    with Console(stderr=True).status("making a vocabulary"):
+        tokens = train_vocabulary(settings.data, out, size)
+    print(f"{out}: {tokens} tokens")
 
 
 def _allowing(names: str | None) -> list[str]:

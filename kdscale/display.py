@@ -111,12 +111,15 @@ def summary_table(summary: dict[str, Any]) -> Table:
         table.add_row("  on its own text", "0", number("on_policy_kl_before"), number("on_policy_kl"))
     if summary["accuracy_after"] is not None:
         table.add_row("accuracy", number("accuracy_teacher"), number("accuracy_before"), number("accuracy_after"))
-    table.add_row(
-        "perplexity",
-        number("perplexity_teacher", "{:.1f}"),
-        number("perplexity_before", "{:.1f}"),
-        number("perplexity_after", "{:.1f}"),
-    )
+    if summary["alignment"] is None:
+        measure, form = "perplexity", "{:.1f}"
+    else:
+        measure, form = "bits_per_byte", "{:.3f}"
+    values = (number(f"{measure}_{when}", form) for when in ("teacher", "before", "after"))
+    table.add_row(measure.replace("_", " "), *values)
+    if summary.get("aligned_share") is not None:
+        title = f"{summary['aligned_share']:.1%} of the tokens aligned, {summary['unaligned_bytes']:,} bytes not"
+        table.caption = f"{title}; {summary['matched_tokens']:,} tokens are of both vocabularies"
     for name, one in (summary["teachers"] or {}).items():
         ranks = f"{one['ranks']} rank{'s' if one['ranks'] > 1 else ''}"
         table.add_row(f"teacher {name}: parameters (M)", f"{one['parameters'] / million:.1f}, {ranks}", "", "")

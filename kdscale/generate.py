@@ -24,6 +24,7 @@ from kdscale.config.sections import GenerateSection
 from kdscale.config.teachers import require_one_teacher
 from kdscale.data.corpus import Split
 from kdscale.data.images import Pixels
+from kdscale.data.pairs import TokenizerPair
 from kdscale.data.prompts import prompts_in
 from kdscale.data.reading import RunCorpus
 from kdscale.data.tokenizer import Tokenizer
@@ -49,10 +50,15 @@ def generate(job: Job, out: Path) -> None:
     if config.task != "language-modelling":
         raise ConfigError(f"task = {config.task}: only language models write; use task: language-modelling")
     require_one_teacher(config, "kdscale generate")
+    if config.alignment.method is not None:
+        raise ConfigError(
+            f"alignment.method = {config.alignment.method}: the teacher writes with its own tokenizer; set alignment.method=null"
+            " alignment.tokenizer=null"
+        )
     prepared = prepare(config)
     tokenizer, corpus = prepared.reader, corpus_of(config, prepared, job.display.count)
     assert isinstance(corpus.train, Split)
-    assert not isinstance(tokenizer, Pixels)
+    assert not isinstance(tokenizer, Pixels | TokenizerPair)
     prompts = prompts_of(corpus.train, config.generate, tokenizer.eos_id)
     _require_room(prompts, config, prepared)
     rows = config.generate.batch_rows * config.teacher.ranks

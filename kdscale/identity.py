@@ -77,6 +77,9 @@ _KINDS: dict[str, Kind] = {
     "targets": "meaning",
     "loss.chunk_mib": "rounding",
     "loss": "meaning",
+    # Counts by its content (`student_tokenizer`).
+    "alignment.tokenizer": "free",
+    "alignment": "meaning",
     "train.micro_rows": "rounding",
     "train": "meaning",
     # How states are spread and moved. What kdscale derives (batch sizes, optimizer, bf16) stands under its own names.
@@ -113,6 +116,7 @@ _KINDS: dict[str, Kind] = {
     # What only a prepared run and its ranks know.
     "teacher": "meaning",
     "tokenizer": "meaning",
+    "student_tokenizer": "student",
     "corpus": "meaning",
     "environment": "rounding",
 }
@@ -120,6 +124,7 @@ _KINDS: dict[str, Kind] = {
 _EXPLAINED = {
     "teacher": "the files of teacher.model",
     "tokenizer": "the content of the tokenizer, or of preprocessor_config.json",
+    "student_tokenizer": "the content of alignment.tokenizer",
     "corpus": "the tokenized text of data.train and data.heldout",
     "student.files": "the files of student.model",
 }
@@ -156,6 +161,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
         found |= {f"targets.{name}": spec[name] for name in ("payload", "k", "encoding", "sampler")}
     if not scheduled(config):
         del found["train.steps"]
+    if config.alignment.method is None:
+        found = {name: value for name, value in found.items() if not name.startswith("alignment.")}
     if config.student.lora is None:
         del found["student.lora"]
     if not config.teachers.others:

@@ -25,7 +25,8 @@ class StepMetrics:
     teacher_kept_mass: float
     student_kept_mass: float
     coverage: float | None
-    """Share of trained tokens that had a soft target; none when training on labels only."""
+    """Share of trained tokens that had a soft target, or (with another tokenizer) lay in a span that had; none when training on
+    labels only."""
     gradient_norm: float
     learning_rate: float
     seconds: float
@@ -40,6 +41,8 @@ class StepMetrics:
     """On-policy: how many steps older than this one the weights were that wrote its text."""
     rollout_wait_seconds: float = 0.0
     """Time rank 0 stood waiting for that text."""
+    unaligned_bytes: int | None = None
+    """Bytes of trained tokens outside any span that a teacher with another tokenizer ends at too; none where there is none."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

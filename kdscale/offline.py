@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from kdscale.config.schema import RunConfig
+from kdscale.data.pairs import TokenizerPair
 from kdscale.data.reading import load_reader
 from kdscale.engine.checkpoint import verify
 from kdscale.engine.directories import resolve_model
@@ -28,9 +29,11 @@ def export_checkpoint(config: RunConfig, checkpoint: str, out: Path | None) -> P
         raise CheckpointError(f"{run / 'checkpoints'} holds no checkpoint; train first, or name one with --checkpoint")
     directory = resolve_model(config.teacher.model)
     dtype = getattr(torch, found.notes.get("dtype", "float32"))
-    model = build_student(config.student, directory, dtype, config.task)
+    reader = load_reader(config.task, config.data, config.alignment, directory)
+    pair = reader if isinstance(reader, TokenizerPair) else None
+    model = build_student(config.student, directory, dtype, config.task, pair)
     load_checkpoint_weights(model, found)
     written = out or run / "student"
-    reader = student_pixels(config.student, directory, config.task) or load_reader(config.task, config.data, directory)
-    write_model(model, dict(model.state_dict()), written, reader.save, config.export.shard_bytes)
+    save = (student_pixels(config.student, directory, config.task) or reader).save
+    write_model(model, dict(model.state_dict()), written, save, config.export.shard_bytes)
     return written

@@ -10,10 +10,10 @@ from transformers import PretrainedConfig
 from kdscale import identity as identities
 from kdscale.config.schema import RunConfig
 from kdscale.config.teachers import ALONE
-from kdscale.data.examples import Reader
 from kdscale.data.images import Pixels
-from kdscale.data.reading import RunCorpus, load_reader, read_corpus
-from kdscale.data.tokenizer import Tokenizer, load_tokenizer
+from kdscale.data.pairs import TokenizerPair
+from kdscale.data.reading import AnyReader, RunCorpus, load_reader, read_corpus
+from kdscale.data.tokenizer import Tokenizer, load_tokenizer, require_exportable
 from kdscale.data.trial import require_sound
 from kdscale.engine import classifiers
 from kdscale.engine.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ class Prepared:
 
     teachers: dict[str, Known]
     """By name, the main one first."""
-    reader: Reader
+    reader: AnyReader
     classes: tuple[str, ...] = ()
     """Names of a classifier's classes."""
 
@@ -65,7 +65,7 @@ def prepare(config: RunConfig) -> Prepared:
     if config.student.parallel.pipeline > 1:
         require_pipeline_family(config.student, directory)
     teachers = {name: Known(str(one.absolute()), _meaning(one, teacher_tokenizer)) for name, one in directories.items()}
-    return Prepared(teachers, teacher_tokenizer)
+    return Prepared(teachers, _reader(config, directory, teacher_tokenizer))
 
 
 def _meaning(directory: Path, tokenizer: Tokenizer) -> Meaning:
@@ -88,7 +88,8 @@ def _prepare_classifier(config: RunConfig, directory: Path) -> Prepared:
     teacher = load_config(directory)
     classifiers.require_family(config.task, teacher, f"teacher.model = {config.teacher.model}")
     student = classifier_config(config.student, directory, config.task)
-    reader = load_reader(config.task, config.data, directory)
+    reader = load_reader(config.task, config.data, config.alignment, directory)
+    assert not isinstance(reader, TokenizerPair)
     if isinstance(reader, Pixels):
         student_pixels(config.student, directory, config.task)
         input_size = reader.size
@@ -122,12 +123,42 @@ def _require_room(config: RunConfig, models: dict[str, PretrainedConfig], num_id
             )
 
 
+def _reader(config: RunConfig, directory: Path, teacher: Tokenizer) -> AnyReader:
+    """The teacher's tokenizer, or with it one that the student has of its own. Raises: ModelError, IdentityError."""
+    if config.alignment.method is None:
+        return teacher
+    path = config.alignment.tokenizer
+    assert path is not None
+    require_sound(path)
+    pair = load_reader(config.task, config.data, config.alignment, directory)
+    assert isinstance(pair, TokenizerPair)
+    require_exportable(pair.student, f"alignment.tokenizer = {path}")
+    assert len(pair.matches)
+    if (model := _model_with_tokenizer(config)) is not None:
+        # An exported student keeps a SentencePiece model as it was.
+        files = [str(model / "tokenizer.model")] if (model / "tokenizer.model").is_file() else []
+        found = [load_tokenizer(one).fingerprint for one in [str(model), *files]]
+        if pair.student.fingerprint not in found:
+            raise IdentityError(
+                f"student.model = {model} has tokenizer {found[-1][:16]}, alignment.tokenizer = {path} has"
+                f" {pair.student.fingerprint[:16]}; set alignment.tokenizer to the student's directory"
+            )
+    return pair
+
+
+def _model_with_tokenizer(config: RunConfig) -> Path | None:
+    """The student's directory, where it holds a tokenizer."""
+    if config.student.init != "model" or config.student.model is None:
+        return None
+    student = resolve_model(config.student.model)
+    named = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return student if any((student / name).is_file() for name in named) else None
+
+
 def _require_same_tokenizer(config: RunConfig, teacher: Tokenizer) -> None:
     others = {"data.tokenizer": config.data.tokenizer}
-    if config.student.init == "model" and config.student.model is not None:
-        student = resolve_model(config.student.model)
-        if any((student / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            others["student.model"] = str(student)
+    if config.alignment.method is None and (student := _model_with_tokenizer(config)) is not None:
+        others["student.model"] = str(student)
     others |= {
         f"teachers.others.{name}.model": str(resolve_model(one.model)) for name, one in config.teachers.others.items()
     }
@@ -140,6 +171,7 @@ def _require_same_tokenizer(config: RunConfig, teacher: Tokenizer) -> None:
             raise IdentityError(
                 f"{name} = {path} has tokenizer {other.fingerprint[:16]}, teacher.model = {config.teacher.model} has"
                 f" {teacher.fingerprint[:16]}: soft targets are about token ids, both must read text with one tokenizer"
+                " (alignment.tokenizer gives the student one of its own)"
             )
 
 
@@ -156,6 +188,8 @@ def run_identity(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "tokenizer": prepared.meaning.tokenizer,
     }
     identity |= {f"teachers.others.{name}": prepared.teachers[name].meaning.teacher for name in config.teachers.others}
+    if isinstance(prepared.reader, TokenizerPair):
+        identity["student_tokenizer"] = prepared.reader.student.fingerprint
     # Ranks know what `auto` stands for; what they resolved is in a checkpoint's notes.
     del identity["student.dtype"]
     if config.student.init == "model" and config.student.model is not None:

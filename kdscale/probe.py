@@ -41,6 +41,11 @@ def probe(
         raise ConfigError(
             f"task = {config.task}: over a few classes targets.payload: dense is exact and small; nothing to probe"
         )
+    if config.alignment.method is not None:
+        raise ConfigError(
+            f"alignment.method = {config.alignment.method}: payloads are compared over one vocabulary; set alignment.method=null"
+            " alignment.tokenizer=null to compare what the teacher sends"
+        )
     if tokens < 1:
         raise ConfigError(f"--tokens {tokens}: at least one position is needed")
     with console.status("loading models and text"):

@@ -72,13 +72,14 @@ class Recorder:
         """Each row once, with the batch number it first has in training: samples are drawn by that."""
         left, number = self._train.num_rows, 0
         while left > 0:
-            rows = self._train.batch(number).rows()
+            rows = [row.asked for row in self._train.batch(number).rows()]
             yield from rows[:left]
             left, number = left - len(rows), number + 1
 
     def _heldout_rows(self) -> Iterator[Batch]:
         if self._config.evaluate.quality:
-            yield from self._heldout.heldout_batches(self._config.data.heldout_tokens, rows_per_batch=1)
+            tokens = self._config.data.heldout_tokens
+            yield from (row.asked for row in self._heldout.heldout_batches(tokens, rows_per_batch=1))
 
     def _part(
         self,

@@ -6,6 +6,7 @@ from typing import Any
 
 from kdscale import log
 from kdscale.config.schema import RunConfig
+from kdscale.data.pairs import TokenizerPair
 from kdscale.engine.settings import topology_of
 from kdscale.errors import ModelError
 from kdscale.evaluate.efficiency import Efficiency, measure
@@ -93,6 +94,12 @@ def make_summary(
         "accuracy_before": before.get("accuracy_student"),
         "accuracy_after": after.get("accuracy_student"),
         **(_own_text(report) if config.on_policy is not None else {}),
+        # Of students with a tokenizer of their own.
+        "alignment": config.alignment.method,
+        "bits_per_byte_teacher": after.get("bits_per_byte_teacher"),
+        "bits_per_byte_before": before.get("bits_per_byte_student"),
+        "bits_per_byte_after": after.get("bits_per_byte_student"),
+        **_aligned(config, prepared, totals),
         "canary": report["canary"],
         "changes_on_resume": report["changes"],
         "export_max_logit_difference": report["export_max_logit_difference"],
@@ -139,6 +146,17 @@ def _own_text(report: dict[str, Any]) -> dict[str, Any]:
         "on_policy_kl": after.get("kl"),
         "on_policy_reverse_kl_before": before.get("reverse_kl"),
         "on_policy_reverse_kl": after.get("reverse_kl"),
+    }
+
+
+def _aligned(config: RunConfig, prepared: Prepared, totals: dict[str, Any]) -> dict[str, Any]:
+    """What of the text and of the vocabularies teacher and student have in common, over all steps."""
+    pair = prepared.reader if isinstance(prepared.reader, TokenizerPair) else None
+    learned = pair is not None and config.loss.soft and totals["tokens"]
+    return {
+        "matched_tokens": len(pair.matches) if pair is not None else None,
+        "aligned_share": totals["covered_tokens"] / totals["tokens"] if learned else None,
+        "unaligned_bytes": totals["unaligned_bytes"] if learned else None,
     }
 
 

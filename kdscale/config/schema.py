@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from kdscale.config.alignment import AlignmentSection
 from kdscale.config.on_policy import OnPolicySection
 from kdscale.config.schedule import ends, value_at
 from kdscale.config.section import Section
@@ -49,6 +50,8 @@ class RunConfig(Section):
     """What the teacher sends."""
     loss: LossSection = LossSection()
     """What the student minimises."""
+    alignment: AlignmentSection = AlignmentSection()
+    """Whether the student has a tokenizer of its own."""
     train: TrainSection = TrainSection()
     """Steps, batch and optimizer."""
     deepspeed: dict[str, Any] = Field({})
@@ -134,6 +137,21 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _alignment(self) -> "RunConfig":
+        refusal = self.alignment.refusal(
+            task=self.task,
+            payload=self.targets.payload,
+            divergence=self.loss.divergence,
+            temperatures=ends(self.loss.temperature),
+            pipeline=self.student.parallel.pipeline,
+            soft=self.loss.soft,
+            several=bool(self.teachers.others),
+        )
+        if refusal is not None:
+            raise ValueError(refusal)
+        return self
+
+    @model_validator(mode="after")
     def _patience(self) -> "RunConfig":
         give_up_s = self.stream.give_up_seconds
         for teacher in self.named_teachers.values():
@@ -178,6 +196,10 @@ class RunConfig(Section):
             return self
         refused = {
             f"task = {self.task}": (self.task != "language-modelling", "only language models write"),
+            f"alignment.method = {self.alignment.method}": (
+                self.alignment.method is not None,
+                "the teacher judges its own tokens; let both have one tokenizer",
+            ),
             f"teachers.others = {', '.join(self.teachers.others)}": (
                 bool(self.teachers.others),
                 "text of the student belongs to no teacher of several; use one",

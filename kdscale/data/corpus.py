@@ -180,31 +180,36 @@ def _route(document: Document, routing: Routing) -> int:
     return routing.names.index(name)
 
 
+def parts_of(document: Document, data: DataSection) -> list[tuple[str, bool]]:
+    """A document's texts, each tokenized for itself, and whether they are trained on; not of messages."""
+    if document.kind == "completion":
+        return [(document.prompt, data.loss_on == "all"), (document.text, True)]
+    return [(document.text, True)]
+
+
 def _tokens(document: Document, data: DataSection, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    everything = data.loss_on == "all"
-    try:
-        match document.kind:
-            case "text":
-                ids = tokenizer.encode(document.text)
-                trained = [True] * len(ids)
-            case "completion":
-                prompt = tokenizer.encode(document.prompt)
-                answer = tokenizer.encode(document.text)
-                # What opens a text opens the document, not its second half.
-                opening = tokenizer.encode("")
-                if opening and answer[: len(opening)] == opening:
-                    answer = answer[len(opening) :]
-                ids, trained = prompt + answer, [everything] * len(prompt) + [True] * len(answer)
-            case "messages":
-                ids, trained = tokenizer.render(document.messages)
-                trained = [everything or one for one in trained]
-                return ids, trained
-    except DataError as error:
-        raise DataError(f"{document.place}: {error}") from error
+    ids: list[int] = []
+    trained: list[bool] = []
+    if document.kind == "messages":
+        try:
+            ids, trained = tokenizer.render(document.messages)
+        except DataError as error:
+            raise DataError(f"{document.place}: {error}") from error
+        return ids, [data.loss_on == "all" or one for one in trained]
+    for number, (text, trains) in enumerate(parts_of(document, data)):
+        found = tokenizer.encode(text)
+        found = found[opening_tokens(tokenizer, found) if number else 0 :]
+        ids, trained = ids + found, trained + [trains] * len(found)
     if data.append_eos and document.ends:
         assert tokenizer.eos_id is not None
         ids, trained = [*ids, tokenizer.eos_id], [*trained, True]
     return ids, trained
+
+
+def opening_tokens(tokenizer: Tokenizer, ids: list[int]) -> int:
+    """How many of a text's tokens open it, whatever it says: they open a document, not its second half."""
+    opening = tokenizer.encode("")
+    return len(opening) if ids[: len(opening)] == opening else 0
 
 
 class _SplitWriter:

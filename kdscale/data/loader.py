@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 from kdscale.batch import TokenBatch
-from kdscale.data.corpus import Split
 from kdscale.data.packing import Packing, Row, build_row, pack
 from kdscale.errors import DataError
 
@@ -44,6 +44,16 @@ class Order:
         return np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(self.num_rows)
 
 
+class Documents(Protocol):
+    """What rows are made of; see ``corpus.Split``."""
+
+    lengths: np.ndarray
+    all_trained: bool
+    routes: np.ndarray | None
+
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 class Loader:
     """Packed rows of one split, in the order of ``Order``.
 
@@ -51,7 +61,7 @@ class Loader:
         DataError: no row trains any token.
     """
 
-    def __init__(self, split: Split, packing: Packing, row_tokens: int, batch_rows: int, seed: int) -> None:
+    def __init__(self, split: Documents, packing: Packing, row_tokens: int, batch_rows: int, seed: int) -> None:
         self._split = split
         self._packing: Packing = packing
         self._row_tokens = row_tokens
@@ -75,12 +85,12 @@ class Loader:
 
     def batch(self, number: int) -> TokenBatch:
         """Batch ``number``, from 0, without end."""
-        return self._stack(number, [int(self._rows[index]) for index in self._order.of_batch(number)])
+        return self._batch(number, self._rows[self._order.of_batch(number)])
 
     def heldout_batches(self, max_tokens: int, rows_per_batch: int) -> list[TokenBatch]:
         """Batches of rows spread evenly over the split, about ``max_tokens`` tokens in all (at least one row)."""
         spread = self._order.spread(max_tokens // self._row_tokens, rows_per_batch)
-        return [self._stack(number, self._rows[chosen].tolist()) for number, chosen in enumerate(spread)]
+        return [self._batch(number, self._rows[chosen]) for number, chosen in enumerate(spread)]
 
     def _row(self, row: int) -> Row:
         table = self._table
@@ -97,14 +107,13 @@ class Loader:
         pieces = self._table.documents[int(self._table.starts[row]) : int(self._table.starts[row + 1])]
         return np.concatenate([np.full(1, -1, np.int8), self._split.routes[pieces]])[segments]
 
-    def _stack(self, number: int, numbers: list[int]) -> TokenBatch:
-        rows = [self._row(row) for row in numbers]
-        batch = stack(number, rows)
+    def _batch(self, number: int, rows: np.ndarray) -> TokenBatch:
+        found = [self._row(int(row)) for row in rows]
+        batch = stack(number, found)
         if self._split.routes is None:
             return batch
-        return replace(
-            batch, routes_RL=np.stack([self._routes(n, row.segments) for n, row in zip(numbers, rows, strict=True)])
-        )
+        routes = [self._routes(int(row), one.segments) for row, one in zip(rows, found, strict=True)]
+        return replace(batch, routes_RL=np.stack(routes))
 
 
 def stack(number: int, rows: list[Row]) -> TokenBatch:

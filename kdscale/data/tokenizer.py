@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from kdscale.data.spelling import Spelling, spell_byte_level, spell_piece
 from kdscale.errors import DataError, ModelError
 
 Message = dict[str, Any]
@@ -27,6 +29,14 @@ class Tokenizer(Protocol):
     def encode(self, text: str, most: int | None = None) -> list[int]:
         """Ids of ``text``, with what the tokenizer itself puts around it and nothing else; cut to ``most`` ids, those around
         it included."""
+        ...
+
+    def encode_placed(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of ``text`` as ``encode`` gives them, and from which character of it to which each goes."""
+        ...
+
+    def spelling(self) -> Spelling:
+        """The bytes of every token. Raises: ModelError for tokens that stand for no fixed bytes."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -64,6 +74,21 @@ def load_tokenizer(path: str) -> Tokenizer:
         ) from error
 
 
+_SAMPLE = "  def f(x):\n\n\treturn 'na\u00efve \u2615' * 12.50  # the end\n"
+
+
+def require_exportable(tokenizer: Tokenizer, name: str) -> None:
+    """Whether transformers reads a text by what ``tokenizer`` saves as it does itself. Raises: ModelError."""
+    with tempfile.TemporaryDirectory(prefix="kdscale-tokenizer-") as directory:
+        tokenizer.save(Path(directory))
+        saved = load_tokenizer(directory)
+    if saved.encode(_SAMPLE) != tokenizer.encode(_SAMPLE):
+        raise ModelError(
+            f"{name} cannot be exported: transformers reads another text's tokens with what is saved of it; of SentencePiece,"
+            " BPE models without normalization can (`kdscale tokenizer train` makes one)"
+        )
+
+
 class HuggingFaceTokenizer:
     """A transformers tokenizer."""
 
@@ -92,6 +117,29 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str, most: int | None = None) -> list[int]:
         return list(self._tokenizer(text, verbose=False, truncation=most is not None, max_length=most)["input_ids"])
+
+    def encode_placed(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        if not self._tokenizer.is_fast:
+            raise ModelError(
+                f"{type(self._tokenizer).__name__} does not tell where its tokens are; use a tokenizer.json"
+            )
+        found = self._tokenizer(text, verbose=False, return_offsets_mapping=True)
+        return list(found["input_ids"]), list(found["offset_mapping"])
+
+    def spelling(self) -> Spelling:
+        described = self._rules()
+        byte_level = '"ByteLevel"' in described
+        if not byte_level and '"Metaspace"' not in described and "\\u2581" not in described:
+            raise ModelError(
+                f"a {type(self._tokenizer).__name__} whose tokens are neither byte-level BPE's nor SentencePiece's cannot be"
+                " aligned by bytes"
+            )
+        found: Spelling = [None] * self.vocab_size
+        for token, index in self._tokenizer.get_vocab().items():
+            found[index] = spell_byte_level(token) if byte_level else spell_piece(token)
+        for index, added in self._tokenizer.added_tokens_decoder.items():
+            found[index] = None if added.special else added.content.encode()
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -154,6 +202,18 @@ class SentencePieceTokenizer:
     def encode(self, text: str, most: int | None = None) -> list[int]:
         return list(self._processor.EncodeAsIds(text))[:most]
 
+    def encode_placed(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self._processor.EncodeAsOffsetMapping(text)
+        return list(found["ids"]), list(found["offsets"])
+
+    def spelling(self) -> Spelling:
+        pieces = self._processor
+        none = (pieces.IsControl, pieces.IsUnknown, pieces.IsUnused)
+        return [
+            None if any(is_none(index) for is_none in none) else spell_piece(pieces.IdToPiece(index))
+            for index in range(self.vocab_size)
+        ]
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._processor.DecodeIds([int(one) for one in ids]))
 
@@ -172,4 +232,6 @@ class SentencePieceTokenizer:
             if index >= 0
         }
         config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": False, **special}
+        # Whether the model puts a space before a text.
+        config["add_prefix_space"] = self._processor.EncodeAsPieces("a")[0].startswith("\N{LOWER ONE EIGHTH BLOCK}")
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))

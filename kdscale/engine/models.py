@@ -13,10 +13,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdscale.config.sections import StudentSection
 from kdscale.data.images import Pixels
+from kdscale.data.pairs import TokenizerPair
 from kdscale.engine import classifiers
 from kdscale.engine.attention import attend_by_document
 from kdscale.engine.directories import load_config, resolve_model, weight_files
 from kdscale.engine.lora import add_adapters
+from kdscale.engine.respell import respell
 from kdscale.errors import ModelError
 from kdscale.head import HeadSpec, head_logits
 from kdscale.spec import Task
@@ -60,17 +62,24 @@ def _without_cache(model: PreTrainedModel) -> None:
 
 
 def build_student(
-    student: StudentSection, teacher_directory: Path, dtype: torch.dtype, task: Task = "language-modelling"
+    student: StudentSection,
+    teacher_directory: Path,
+    dtype: torch.dtype,
+    task: Task = "language-modelling",
+    pair: TokenizerPair | None = None,
 ) -> PreTrainedModel:
     """The student, whole and in host memory; sharding comes later, from outside.
 
-    Fresh weights are drawn plainly (``zero.Init`` with transformers 5 draws others), so the caller's seed decides them.
+    Fresh weights are drawn plainly (``zero.Init`` with transformers 5 draws others), so the caller's seed decides them. ``pair``:
+    the tokenizers, where the student has one of its own.
     """
     config = None if task == "language-modelling" else classifier_config(student, teacher_directory, task)
     match student.init:
         case "teacher_layers":
             assert student.layers is not None
             model = from_teacher_layers(teacher_directory, student.layers, dtype, task)
+            if pair is not None:
+                respell(model, pair)
         case "model":
             assert student.model is not None
             model = load_model(resolve_model(student.model), dtype, task)

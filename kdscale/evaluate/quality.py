@@ -15,13 +15,14 @@ from kdscale.head import Head
 from kdscale.losses.divergence import Divergence
 from kdscale.losses.fused import STATS, fused_loss
 from kdscale.losses.objective import Objective
+from kdscale.paired import PairedBatch
 from kdscale.spec import DivergenceName, TargetSpec
 from kdscale.stream.prefetch import Prefetcher
 from kdscale.stream.source import TargetSource
 
 CHUNK_BYTES = 64 << 20
 HIDDEN = TargetSpec(payload="hidden", encoding="bfloat16")
-NO_SUMS = torch.zeros(7, dtype=torch.float64)
+NO_SUMS = torch.zeros(9, dtype=torch.float64)
 """What a rank adds that has measured nothing; see ``quality_sums``."""
 
 
@@ -38,6 +39,9 @@ class Quality:
     accuracy_student: float | None = None
     """Of classifiers: the share of examples whose likeliest class is their label."""
     accuracy_teacher: float | None = None
+    bits_per_byte_student: float | None = None
+    """Where teacher and student read other tokens: bits that text and documents' ends take, a byte of what each predicts."""
+    bits_per_byte_teacher: float | None = None
 
     def as_dict(self) -> dict[str, float | None]:
         return asdict(self)
@@ -119,7 +123,12 @@ def scored(
 @torch.no_grad()
 def quality_sums(student_hidden: list[torch.Tensor], student_head: Head, view: TeacherView) -> torch.Tensor:
     """float64 sums [KL, agreements, student's and teacher's negative log-likelihood, positions, student's and teacher's right
-    classes], to be added over ranks."""
+    classes, bytes of text that student and teacher predict], to be added over ranks. Of paired batches, which have no tokens in
+    common, KL and agreements are 0."""
+    if any(isinstance(batch, PairedBatch) for batch in view.batches):
+        sums = label_sums(student_hidden, student_head, view.batches)
+        sums[3] = view.nll
+        return sums
     sums = NO_SUMS.clone()
     sums[3] = view.nll
     sums[5], sums[6] = _right(view.batches, student_hidden, student_head), view.right
@@ -152,6 +161,9 @@ def label_sums(hidden: list[torch.Tensor], head: Head, batches: list[Batch]) -> 
         labels_T = torch.from_numpy(batch.labels()).to(hidden_TD.device)
         sums[2] += scored(hidden_TD, head, labels_T, None, None)[0].double().cpu()
         sums[4] += len(labels_T)
+        if isinstance(batch, PairedBatch):
+            sums[7] += batch.num_bytes
+            sums[8] += batch.teacher_num_bytes
     sums[5] = _right(batches, hidden, head)
     return sums
 
@@ -159,7 +171,17 @@ def label_sums(hidden: list[torch.Tensor], head: Head, batches: list[Batch]) -> 
 def quality(sums: torch.Tensor, *, classes: bool, teacher: bool = True) -> Quality:
     """The means that sums over all ranks amount to, with or without those that need a ``teacher``; ``classes``: positions are
     examples."""
-    kl, agree, student_nll, teacher_nll, tokens, right, teacher_right = sums.tolist()
+    kl, agree, student_nll, teacher_nll, tokens, right, teacher_right, num_bytes, teacher_bytes = sums.tolist()
+    if num_bytes:
+        return Quality(
+            num_tokens=int(tokens),
+            kl=None,
+            top1_agreement=None,
+            perplexity_student=float(np.exp(student_nll / tokens)),
+            perplexity_teacher=None,
+            bits_per_byte_student=student_nll / np.log(2) / num_bytes,
+            bits_per_byte_teacher=teacher_nll / np.log(2) / teacher_bytes if teacher else None,
+        )
     return Quality(
         num_tokens=int(tokens),
         kl=kl / tokens if teacher else None,

@@ -15,7 +15,7 @@ from kdscale.stream.source import TargetSource
 
 @dataclass(frozen=True)
 class Fetched:
-    """A batch with its targets, and how long the trainer stood waiting for them."""
+    """A batch with the targets of what was asked of it, and how long the trainer stood waiting for them."""
 
     batch: Batch
     targets: SoftTargets
@@ -53,7 +53,7 @@ class Prefetcher:
 
     def _fetch(self, batch: Batch | Callable[[], Batch], spec: TargetSpec) -> tuple[Batch, SoftTargets]:
         batch = batch() if callable(batch) else batch
-        return batch, self._source.fetch(batch, spec)
+        return batch, self._source.fetch(batch.asked, spec)
 
     def next(self) -> Fetched:
         """The next batch with its targets.
@@ -71,7 +71,7 @@ class Prefetcher:
         start = time.monotonic()
         batch, targets = future.result()
         waited_s = time.monotonic() - start
-        check_alignment(batch, targets)
+        check_alignment(batch.asked, targets)
         return Fetched(batch, targets, waited_s)
 
     def settle(self) -> None:

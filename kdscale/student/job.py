@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kdscale import log
 from kdscale.batch import Batch
 from kdscale.config.teachers import ALONE
+from kdscale.data.pairs import TokenizerPair
 from kdscale.data.reading import RunCorpus, load_reader, make_loader, read_corpus
 from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
@@ -29,6 +30,8 @@ from kdscale.evaluate.plain import plain_logits
 from kdscale.evaluate.quality import NO_SUMS, Quality, label_sums, quality, share_of
 from kdscale.evaluate.views import AnyView, TargetSources, View, teachers_of, view_of
 from kdscale.head import Head
+from kdscale.losses.aligned import Alignment
+from kdscale.losses.spans import Vocabularies
 from kdscale.metrics import MetricsFile, StepMetrics
 from kdscale.mirror import Mirror, mirror_of
 from kdscale.stream.filling import Filling
@@ -85,7 +88,9 @@ class StudentJob:
         self._topology = topology_of(config.student.parallel)
 
         self._teacher = model_here(Path(setup.teacher.directory), config.teacher.model, setup.teacher.meaning.teacher)
-        model = build_student(config.student, self._teacher, self._dtype, config.task)
+        self._reader = load_reader(config.task, config.data, config.alignment, self._teacher)
+        self._pair = self._reader if isinstance(self._reader, TokenizerPair) else None
+        model = build_student(config.student, self._teacher, self._dtype, config.task, self._pair)
         self._pixels = student_pixels(config.student, self._teacher, config.task)
         if config.student.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -94,6 +99,7 @@ class StudentJob:
         if config.run.deterministic:
             require_one_environment(device)
         self._student = self._lay_out(model)
+        self._student.head.alignment = self._alignment()
         self._start = 0
         self._notes: dict[str, Any] = {}
         self._metrics: MetricsFile | None = None
@@ -109,7 +115,7 @@ class StudentJob:
             self._phase(f"going on from step {found.step}, {WAYS[way]}")
 
     def _lay_out(self, model: PreTrainedModel) -> Student:
-        config, vocab_size = self._config, self._setup.teacher.meaning.vocab_size
+        config, vocab_size = self._config, (self._pair or self._setup.teacher.meaning).vocab_size
         chunk_bytes = int(config.loss.chunk_mib * 2**20)
         settings = student_settings(config, self._dtype_name)
         if self._topology.pipeline == 1:
@@ -117,6 +123,13 @@ class StudentJob:
         by_time = config.student.parallel.split == "time"
         shape = (config.train.micro_rows, config.data.row_tokens) if by_time else None
         return PipelineStudent(model, vocab_size, chunk_bytes, settings, self._topology, self._rank, shape)
+
+    def _alignment(self) -> Alignment | None:
+        section, pair = self._config.alignment, self._pair
+        if section.method is None or pair is None:
+            return None
+        vocabularies = Vocabularies.of(pair.matches, pair.vocab_size, self._setup.meaning.vocab_size, self._device)
+        return Alignment(section.method, section.unmatched_weight, vocabularies)
 
     @property
     def _dtype_name(self) -> str:
@@ -226,10 +239,9 @@ class StudentJob:
         """What writes by what the student reads its inputs, and the corpus; the driver has made it, so this finds it in the
         cache."""
         task, data = self._config.task, self._config.data
-        reader = load_reader(task, data, self._teacher)
         classes = () if task == "language-modelling" else class_names(load_config(self._teacher))
-        corpus = read_corpus(task, data, reader, classes, lambda done, total, what: None, self._config.routing)
-        return (self._pixels or reader).save, corpus
+        corpus = read_corpus(task, data, self._reader, classes, lambda done, total, what: None, self._config.routing)
+        return (self._pixels or self._reader).save, corpus
 
     def _check_teacher(
         self, row: Batch, corpus: RunCorpus, source: TargetSources
@@ -275,6 +287,7 @@ class StudentJob:
 
     def _canary(self, batch: Batch, source: TargetSources, heads: Mapping[str, Head]) -> str:
         """Rank 0 compares served and plain targets of every teacher; the line for the summary."""
+        batch = batch.asked
         rows = self._config.evaluate.canary_rows
         if self._rank != 0:
             return ""

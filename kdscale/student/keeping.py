@@ -67,7 +67,7 @@ class Keeping:
         config, data = self._config, self._config.data
         spec = config.target_spec(0)
         for number in range(-(-self._loader.num_rows // config.train.batch_rows)):
-            yield from ((row, spec) for row in self._loader.batch(number).rows())
+            yield from ((row.asked, spec) for row in self._loader.batch(number).rows())
         if config.evaluate.quality:
             loader = make_loader(self._corpus.heldout, data, 1, config.run.seed)
-            yield from ((row, HIDDEN) for row in loader.heldout_batches(data.heldout_tokens, rows_per_batch=1))
+            yield from ((row.asked, HIDDEN) for row in loader.heldout_batches(data.heldout_tokens, rows_per_batch=1))

@@ -12,8 +12,13 @@ from kdscale.data.images import Pixels
 from kdscale.engine.classifiers import example_tensors
 from kdscale.engine.models import head_module, head_of, hidden_states, set_head
 from kdscale.head import Head, HeadSpec
+from kdscale.losses.aligned import AlignedTargets, Alignment, aligned_loss
 from kdscale.losses.fused import fused_loss
 from kdscale.losses.objective import Objective
+from kdscale.losses.spans import SpanPlaces
+from kdscale.paired import PairedBatch
+
+Targets = SoftTargets | AlignedTargets
 
 
 class HeadWithLoss(nn.Module):
@@ -31,9 +36,11 @@ class HeadWithLoss(nn.Module):
         """Not a parameter of the student; needed for hidden targets."""
         self.spec = spec
         self._chunk_bytes = chunk_bytes
-        self._next: tuple[Objective, SoftTargets | None] | None = None
+        self.alignment: Alignment | None = None
+        """Of a student with a tokenizer of its own."""
+        self._next: tuple[Objective, Targets | None] | None = None
 
-    def expect(self, objective: Objective, targets: SoftTargets | None) -> None:
+    def expect(self, objective: Objective, targets: Targets | None) -> None:
         """What the next forward's loss is: modules take tensors only, so this comes beside them."""
         self._next = objective, targets
 
@@ -46,6 +53,20 @@ class HeadWithLoss(nn.Module):
         assert self._next is not None, "expect() comes before every forward with labels"
         objective, targets = self._next
         self._next = None
+        if isinstance(targets, AlignedTargets):
+            assert self.alignment is not None
+            return aligned_loss(
+                hidden_TD,
+                self.weight,
+                self.bias,
+                self.spec,
+                labels_T,
+                targets,
+                objective,
+                self.alignment,
+                chunk_bytes=self._chunk_bytes,
+                teacher_head=self.teacher_head,
+            )
         return fused_loss(
             hidden_TD,
             self.weight,
@@ -105,3 +126,11 @@ def flatten_batch(batch: Batch, device: torch.device) -> tuple[torch.Tensor, tor
         torch.from_numpy(batch.positions_RL).long().to(device),
         trained_T.to(device),
     )
+
+
+def targets_on(batch: Batch, targets: SoftTargets | None, device: torch.device) -> Targets | None:
+    """The targets of ``batch`` as the head takes them, on ``device``."""
+    if targets is None or not isinstance(batch, PairedBatch):
+        return targets and targets.each(lambda tensor: tensor.to(device, non_blocking=True))
+    places = (torch.from_numpy(one) for one in batch.span_places())
+    return AlignedTargets(targets, *(SpanPlaces(one[:, 0], one[:, 1]) for one in places)).to(device)

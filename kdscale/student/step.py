@@ -12,7 +12,7 @@ from kdscale.engine.scale import backward_factor
 from kdscale.engine.training import Engine, gradient_norm, set_learning_rate
 from kdscale.losses.fused import STATS
 from kdscale.losses.objective import Objective
-from kdscale.student.module import HeadWithLoss, flatten_batch
+from kdscale.student.module import HeadWithLoss, flatten_batch, targets_on
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,7 @@ class DataParallelStep:
         for micro in micro_batches:
             labels_T = torch.from_numpy(micro.batch.labels()).to(device)
             # A micro-batch with no trained token still runs backward: the other ranks wait in the same collective.
-            soft = micro.targets and micro.targets.each(lambda tensor: tensor.to(device, non_blocking=True))
-            self._head.expect(objective, soft)
+            self._head.expect(objective, targets_on(micro.batch, micro.targets, device))
             loss, stats = engine(*flatten_batch(micro.batch, device), labels_T)
             engine.backward(loss * factor)
             engine.step()

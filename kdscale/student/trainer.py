@@ -16,6 +16,7 @@ from kdscale.engine.process import seed_step
 from kdscale.engine.training import learning_rate
 from kdscale.losses.objective import objective_at
 from kdscale.metrics import StepMetrics
+from kdscale.paired import PairedBatch
 from kdscale.spec import TargetSpec
 from kdscale.stream.prefetch import Prefetcher
 from kdscale.stream.source import TargetSource
@@ -38,6 +39,9 @@ class Totals:
     rollout_wait_seconds: float = 0.0
     staleness_steps: int = 0
     most_staleness_steps: int = 0
+    covered_tokens: int = 0
+    """With a teacher signal."""
+    unaligned_bytes: int = 0
 
     def plus(self, metrics: StepMetrics) -> "Totals":
         stale = metrics.staleness_steps
@@ -51,6 +55,8 @@ class Totals:
             self.rollout_wait_seconds + metrics.rollout_wait_seconds,
             self.staleness_steps + (stale or 0),
             max(self.most_staleness_steps, stale or 0),
+            self.covered_tokens + round((metrics.coverage or 0) * metrics.num_tokens),
+            self.unaligned_bytes + (metrics.unaligned_bytes or 0),
         )
 
 
@@ -134,14 +140,15 @@ class Trainer:
             if rollout is not None:
                 # No label of what the student wrote is a true one.
                 objective = replace(objective, hard_weight=0.0)
+            batch = self._batches.batch(number)
             result = self._step.train(
                 self._fetch(prefetcher, tokens_only, digest),
                 objective,
-                self._batches.batch(number).num_tokens,
+                batch.num_tokens,
                 learning_rate(number, self._train),
                 signals=self._saving.signals,
             )
-            metrics = self._metrics(number, result, digest.hexdigest(), time.monotonic() - began)
+            metrics = self._metrics(batch, result, digest.hexdigest(), time.monotonic() - began)
             if rollout is not None:
                 metrics = replace(
                     metrics,
@@ -171,8 +178,9 @@ class Trainer:
             digest.update(micro.batch.inputs.tobytes())
             yield micro
 
-    def _metrics(self, number: int, result: StepResult, rows_digest: str, seconds: float) -> StepMetrics:
+    def _metrics(self, batch: Batch, result: StepResult, rows_digest: str, seconds: float) -> StepMetrics:
         means, soft = result.means, self._config.loss.soft
+        number, paired = batch.number, batch if isinstance(batch, PairedBatch) else None
         return StepMetrics(
             step=number + 1,
             num_tokens=result.num_tokens,
@@ -185,8 +193,9 @@ class Trainer:
             teacher_entropy=means["teacher_entropy"],
             teacher_kept_mass=means["teacher_kept_mass"],
             student_kept_mass=means["student_kept_mass"],
-            # The prefetcher refuses a batch whose targets do not cover its trained tokens.
-            coverage=1.0 if soft else None,
+            # The prefetcher refuses a batch whose targets do not cover what was asked.
+            coverage=(paired.coverage if paired is not None else 1.0) if soft else None,
+            unaligned_bytes=paired.unaligned_bytes if paired is not None and soft else None,
             gradient_norm=result.gradient_norm,
             learning_rate=learning_rate(number, self._train),
             seconds=seconds,

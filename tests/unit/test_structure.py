@@ -14,6 +14,7 @@ LAYERS = [
     {"log", "config", "topology", "node", "roster"},
     {"head", "metrics", "identity", "tunnel", "storage"},
     {"batch"},
+    {"paired"},
     {"data", "targets", "losses"},
     {"stream", "engine", "cluster"},
     {"evaluate", "mirror", "on_policy"},

@@ -74,6 +74,9 @@ _KINDS: dict[str, Kind] = {
     "targets.recording": "free",
     "targets": "meaning",
     "loss.chunk_mib": "rounding",
+    # They decide which projections there are.
+    "loss.layers.pairs": "student",
+    "loss.layers.projection": "student",
     "loss": "meaning",
     "train.micro_rows": "rounding",
     "train": "meaning",
@@ -141,6 +144,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
         del found["train.steps"]
     if config.student.lora is None:
         del found["student.lora"]
+    if config.loss.layers is None:
+        del found["loss.layers"]
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
@@ -148,6 +153,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
 def scheduled(config: RunConfig) -> bool:
     """Whether any value moves over the steps of the run."""
     values = [getattr(config.loss, name) for name in type(config.loss).model_fields]
+    if config.loss.layers is not None:
+        values.append(config.loss.layers.weight)
     return config.train.schedule != "constant" or any(isinstance(value, Schedule) for value in values)
 
 

@@ -20,6 +20,8 @@ class StepMetrics:
     hard: float
     kl: float | None
     """Forward KL at temperature 1, over what the payload tells of it; none where it tells nothing."""
+    layer_loss: float | None
+    """Distance of the student's layers to the teacher's (no nats), summed over pairs; none without ``loss.layers``."""
     top1_agreement: float
     teacher_entropy: float
     teacher_kept_mass: float
@@ -50,9 +52,12 @@ class MetricsFile:
         aside.write_text("".join(f"{line}\n" for line in kept))
         aside.replace(path)
         self._file = path.open("a", buffering=1)
+        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        """The newest step's."""
 
     def write(self, metrics: StepMetrics) -> None:
-        self._file.write(json.dumps(metrics.as_dict()) + "\n")
+        self.last = metrics.as_dict()
+        self._file.write(json.dumps(self.last) + "\n")
 
     def close(self) -> None:
         self._file.close()

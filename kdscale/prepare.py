@@ -18,6 +18,7 @@ from kdscale.engine import classifiers
 from kdscale.engine.checkpoint import Checkpoint
 from kdscale.engine.directories import load_config, model_digest, resolve_model
 from kdscale.engine.families import require_pipeline_family
+from kdscale.engine.layers import require_layers
 from kdscale.engine.models import classifier_config, student_pixels
 from kdscale.engine.settings import check_settings, student_dtype
 from kdscale.engine.shards import Shards
@@ -52,6 +53,8 @@ def prepare(config: RunConfig) -> Prepared:
     _require_same_tokenizer(config, teacher_tokenizer)
     if config.student.parallel.pipeline > 1:
         require_pipeline_family(config.student, directory)
+    if config.loss.layers is not None:
+        require_layers(config.loss.layers, config.student, directory)
     text = load_config(directory).get_text_config()
     if text.vocab_size < teacher_tokenizer.vocab_size:
         raise ModelError(

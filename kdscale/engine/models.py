@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -119,7 +120,7 @@ def config_of_fields(fields: dict[str, Any]) -> PretrainedConfig:
         raise ModelError("student.config has no model_type; name a transformers family, for instance llama")
     try:
         return AutoConfig.for_model(**fields)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"student.config is not usable: {error}") from error
 
 

@@ -23,13 +23,13 @@ def test_they_are_transformers_hidden_states(family: str):
     with torch.no_grad():
         with caught_layers(model, range(last + 1)) as caught:
             hidden = base_hidden(model, IDS, PLACES)
+        assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks_of(model))
         theirs = model(input_ids=IDS, output_hidden_states=True).hidden_states
         assert sorted(caught) == list(range(last + 1))
         assert all(torch.equal(caught[layer], theirs[layer]) for layer in range(last))
         # transformers shows the last one behind the norm.
         assert torch.equal(hidden, theirs[last])
         assert not torch.equal(caught[last], theirs[last])
-    assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks_of(model))
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
@@ -64,7 +64,7 @@ def test_blocks_that_are_not_to_be_found_are_refused():
         ({"pairs": {3: 4}}, {"layers": [0, 3]}, r"the student has no layer 3; its layers are 0 .* to 2"),
         (
             {"pairs": {1: 1}, "projection": "none"},
-            {"init": "config", "config": {"model_type": "llama", "hidden_size": 16}},
+            {"init": "config", "config": {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2}},
             r"projection = none: the student's states have 16 numbers, the teacher's 32; use .* learned",
         ),
     ],

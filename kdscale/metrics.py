@@ -20,8 +20,6 @@ class StepMetrics:
     hard: float
     kl: float | None
     """Forward KL at temperature 1, over what the payload tells of it; none where it tells nothing."""
-    layer_loss: float | None
-    """Distance of the student's layers to the teacher's (no nats), summed over pairs; none without ``loss.layers``."""
     top1_agreement: float
     teacher_entropy: float
     teacher_kept_mass: float
@@ -36,6 +34,8 @@ class StepMetrics:
     checkpoint_stall_seconds: float
     """Training stood still for checkpoints, between the step before and this one."""
     tokens_per_second: float
+    layer_loss: float | None = None
+    """Distance of the student's layers to the teacher's (no nats), summed over pairs; none without ``loss.layers``."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

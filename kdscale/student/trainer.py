@@ -142,7 +142,6 @@ class Trainer:
             soft=means["soft"],
             hard=means["hard"],
             kl=means["kl"] if soft and math.isfinite(means["kl"]) else None,
-            layer_loss=means["layer_loss"] if self._config.loss.layers is not None else None,
             top1_agreement=means["top1_agree"],
             teacher_entropy=means["teacher_entropy"],
             teacher_kept_mass=means["teacher_kept_mass"],
@@ -155,4 +154,5 @@ class Trainer:
             wait_seconds=result.wait_seconds,
             checkpoint_stall_seconds=self._saving.take_stall_seconds(),
             tokens_per_second=result.num_tokens / seconds,
+            layer_loss=means["layer_loss"] if self._config.loss.layers is not None else None,
         )

@@ -1,5 +1,6 @@
 """``loss.layers``: what is refused at load, and what becomes of a request."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from kdscale.config import load_config
 from kdscale.config.load import dump_resolved, load_resolved
 from kdscale.errors import CheckpointError, ConfigError
 from kdscale.identity import changes, require_resumable, scheduled, settings
+from kdscale.stream.protocol import Meaning
+from kdscale.stream.recording import Provenance, differences
 
 BASE: dict[str, Any] = {
     "data": {"train": ["text.jsonl"]},
@@ -84,3 +87,15 @@ def test_going_on_with_other_layers(file: Path, override: str, name: str, allowa
 def test_a_moving_weight_moves_over_the_steps(file: Path):
     assert not scheduled(load_config(file))
     assert scheduled(load_config(file, ["loss.layers.weight={start: 1, end: 0}"]))
+
+
+def test_a_recording_of_other_layers_is_another_one(file: Path):
+    meaning = Meaning("teacher", "tokenizer", 300, 32)
+    ours, others, none = (
+        Provenance.of(load_config(file, given), meaning, "text").as_dict()
+        for given in ([], ["loss.layers.pairs={1: 5}"], ["loss.layers=null"])
+    )
+    assert differences(json.loads(json.dumps(ours)), ours) == []
+    assert differences(ours, others) == ["targets.layers: recorded [6, 12], now [5]"]
+    assert "targets.layers: recorded [6, 12], now None" in differences(ours, none)
+    assert "layers" not in none["targets"]

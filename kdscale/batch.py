@@ -1,10 +1,11 @@
 """What crosses a process: rows of tokens or examples on the way to the teacher, soft targets on the way back.
 
-R = rows, L = tokens (or pixels) in a row, T = positions trained on (row-major order), K = kept entries, D = hidden size.
+R = rows, L = tokens (or pixels) in a row, T = positions trained on (row-major order), K = kept entries,
+D = hidden size, N = layers.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import numpy as np
@@ -233,12 +234,14 @@ class SoftTargets:
 
     labels_T: torch.Tensor
     """int32; the token id each position predicts, as the teacher saw it."""
+    layers_TND: torch.Tensor | None = field(default=None, kw_only=True)
+    """bfloat16; hidden states of the N layers that were asked for, in their order; none where none was."""
 
     def __len__(self) -> int:
         return int(self.labels_T.shape[0])
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
@@ -250,7 +253,7 @@ class SoftTargets:
         return self.each(lambda tensor: tensor[part])
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All tensors in the order of the fields, labels first."""
+        """All tensors in the order of the fields, labels first (``None`` is none)."""
         return tuple(self._tensors().values())
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Self:

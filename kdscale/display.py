@@ -85,8 +85,9 @@ def step_line(metrics: StepMetrics, steps: int, wait_share: float, eta_seconds: 
     """The one line of a step: losses in nats per token, speed, wait share so far, time left."""
     minutes, seconds = divmod(round(eta_seconds), 60)
     soft = f"soft {metrics.soft:.3f} " if metrics.coverage is not None else ""
+    layers = "" if metrics.layer_loss is None else f" layers {metrics.layer_loss:.3f}"
     return (
-        f"loss {metrics.loss:.3f} ({soft}hard {metrics.hard:.3f}) {metrics.tokens_per_second:.0f} tokens/s"
+        f"loss {metrics.loss:.3f} ({soft}hard {metrics.hard:.3f}{layers}) {metrics.tokens_per_second:.0f} tokens/s"
         f" wait {wait_share:.2f} ETA {minutes}:{seconds:02d}"
     )
 

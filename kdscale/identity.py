@@ -76,6 +76,9 @@ _KINDS: dict[str, Kind] = {
     "targets.recording": "free",
     "targets": "meaning",
     "loss.chunk_mib": "rounding",
+    # They decide which projections there are.
+    "loss.layers.pairs": "student",
+    "loss.layers.projection": "student",
     "loss": "meaning",
     # Counts by its content (`student_tokenizer`).
     "alignment.tokenizer": "free",
@@ -171,6 +174,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
         del found["data.teacher_column"]
     if config.on_policy is None:
         del found["on_policy"]
+    if config.loss.layers is None:
+        del found["loss.layers"]
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
@@ -178,6 +183,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
 def scheduled(config: RunConfig) -> bool:
     """Whether any value moves over the steps of the run."""
     values = [getattr(config.loss, name) for name in type(config.loss).model_fields]
+    if config.loss.layers is not None:
+        values.append(config.loss.layers.weight)
     return config.train.schedule != "constant" or any(isinstance(value, Schedule) for value in values)
 
 

@@ -43,6 +43,8 @@ class StepMetrics:
     """Time rank 0 stood waiting for that text."""
     unaligned_bytes: int | None = None
     """Bytes of trained tokens outside any span that a teacher with another tokenizer ends at too; none where there is none."""
+    layer_loss: float | None = None
+    """Distance of the student's layers to the teacher's (no nats), summed over pairs; none without ``loss.layers``."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,9 +61,12 @@ class MetricsFile:
         aside.write_text("".join(f"{line}\n" for line in kept))
         aside.replace(path)
         self._file = path.open("a", buffering=1)
+        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        """The newest step's."""
 
     def write(self, metrics: StepMetrics) -> None:
-        self._file.write(json.dumps(metrics.as_dict()) + "\n")
+        self.last = metrics.as_dict()
+        self._file.write(json.dumps(self.last) + "\n")
 
     def close(self) -> None:
         self._file.close()

@@ -19,6 +19,7 @@ from kdscale.engine import classifiers
 from kdscale.engine.checkpoint import Checkpoint
 from kdscale.engine.directories import load_config, model_digest, resolve_model
 from kdscale.engine.families import require_pipeline_family
+from kdscale.engine.layers import require_layers
 from kdscale.engine.models import classifier_config, student_pixels
 from kdscale.engine.settings import check_settings, student_dtype
 from kdscale.engine.shards import Shards
@@ -64,6 +65,8 @@ def prepare(config: RunConfig) -> Prepared:
     _require_same_tokenizer(config, teacher_tokenizer)
     if config.student.parallel.pipeline > 1:
         require_pipeline_family(config.student, directory)
+    if config.loss.layers is not None:
+        require_layers(config.loss.layers, config.student, directory)
     teachers = {name: Known(str(one.absolute()), _meaning(one, teacher_tokenizer)) for name, one in directories.items()}
     return Prepared(teachers, _reader(config, directory, teacher_tokenizer))
 

@@ -130,7 +130,7 @@ def _stream(config: RunConfig, teacher: ModelFiles) -> Table:
         table.add_row(f"bytes per {unit}", UNKNOWN)
         return table
     spec = config.target_spec(0)
-    if spec.payload == "hidden" and teacher.hidden_size is None:
+    if (spec.payload == "hidden" or spec.layers) and teacher.hidden_size is None:
         table.add_row(f"bytes per {unit}", UNKNOWN)
         return table
     # A mixture is made where it is learned from: every teacher sends its part.
@@ -145,7 +145,8 @@ def _stream(config: RunConfig, teacher: ModelFiles) -> Table:
         "hidden": "hidden states",
         "dense": "all",
     }
-    table.add_row("payload", f"{names[spec.payload]} as {spec.encoding}, {most}{size} bytes a {unit}")
+    layers = f", layers {', '.join(map(str, spec.layers))} as {spec.layers_encoding}" if spec.layers else ""
+    table.add_row("payload", f"{names[spec.payload]} as {spec.encoding}{layers}, {most}{size} bytes a {unit}")
     table.add_row("a step", f"at most {_size(per_step)}")
     table.add_row("in flight, per student rank", f"at most {_size(in_flight)}")
     rate = _size(size * _REFERENCE_TOKENS_PER_SECOND)

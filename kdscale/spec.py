@@ -1,5 +1,6 @@
 """What a student asks a teacher for at each position, and what can be learned from it. No torch."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -9,6 +10,8 @@ DivergenceName = Literal[
 DIVERGENCES: tuple[DivergenceName, ...] = get_args(DivergenceName)
 SEPARABLE: tuple[DivergenceName, ...] = DIVERGENCES[:6]
 """Sums over outcomes: these can be had over K kept entries and a tail as well."""
+LayerDistance = Literal["mse", "cosine"]
+"""Between hidden states of a student's layer and of a teacher's; ``losses.layers`` defines each."""
 Task = Literal["language-modelling", "sequence-classification", "image-classification"]
 """What a position is: a token, or a whole text or image. What is predicted there: the next token, or the class."""
 Payload = Literal["topk", "sampled", "hidden", "dense"]
@@ -45,9 +48,21 @@ class TargetSpec:
     """``sampled``: how entries are drawn."""
     seed: int = 0
     """``sampled``: what draws depend on besides the tokens and the batch number."""
+    layers: tuple[int, ...] = ()
+    """Layers whose hidden states are wanted as well, ascending: 0 is what the first block is given, i what block i puts out."""
+    layers_encoding: Encoding = "bfloat16"
+    """How those travel: one of ``ENCODINGS["hidden"]``."""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values; without layers they are not named, and the request is what it was before there were any."""
+        fields = dict(vars(self))
+        layers, encoding = fields.pop("layers"), fields.pop("layers_encoding")
+        return fields | {"layers": list(layers), "layers_encoding": encoding} if layers else fields
+
+    @staticmethod
+    def of(fields: Mapping[str, Any]) -> "TargetSpec":
+        """From ``as_dict``'s result. Raises: TypeError, ValueError for other fields."""
+        return TargetSpec(**{**fields, "layers": tuple(map(int, fields.get("layers", ())))})
 
 
 @dataclass(frozen=True)

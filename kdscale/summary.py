@@ -81,6 +81,7 @@ def make_summary(
         "checkpoint_stall_seconds": totals["checkpoint_stall_seconds"],
         "mirror": report["mirror"],
         "hard_weight": config.model_dump()["loss"]["hard_weight"],
+        "layer_loss": report["layer_loss"],
         "heldout_tokens": after.get("num_tokens"),
         "kl_before": before.get("kl"),
         "kl_after": after.get("kl"),

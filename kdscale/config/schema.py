@@ -1,5 +1,6 @@
 """A run's configuration and the rules between its settings; nothing is adjusted. ``sections`` has the settings."""
 
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -96,9 +97,12 @@ class RunConfig(Section):
         # Only what the payload uses: a request is not another one for what makes no difference to its answer.
         named = targets.payload in ("topk", "sampled")
         temperature = 1.0 if targets.payload == "hidden" else value_at(self.loss.temperature, step, self.train.steps)
+        spec = TargetSpec(targets.payload, targets.k if named else 0, temperature, encoding)
         if targets.payload == "sampled":
-            return TargetSpec("sampled", targets.k, temperature, encoding, targets.sampler, self.run.seed)
-        return TargetSpec(targets.payload, targets.k if named else 0, temperature, encoding)
+            spec = replace(spec, sampler=targets.sampler, seed=self.run.seed)
+        if (layers := self.loss.layers) is not None:
+            spec = replace(spec, layers=layers.teacher_layers, layers_encoding=layers.encoding)
+        return spec
 
     @model_validator(mode="after")
     def _task(self) -> "RunConfig":
@@ -152,6 +156,27 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _layers(self) -> "RunConfig":
+        if self.loss.layers is None:
+            return self
+        if self.task != "language-modelling":
+            raise ValueError(f"loss.layers: task = {self.task} has no states of single tokens; remove loss.layers")
+        if self.teachers.others:
+            raise ValueError(
+                "loss.layers: several teachers have layers of their own each; remove it, or teachers.others"
+            )
+        if self.alignment.method is not None:
+            raise ValueError(
+                "loss.layers: a student with a tokenizer of its own has states of other tokens; remove it, or alignment"
+            )
+        if (stages := self.student.parallel.pipeline) > 1:
+            raise ValueError(
+                f"loss.layers with student.parallel.pipeline = {stages}: only the last stage meets the teacher's states; use"
+                " student.parallel.data, with any ZeRO stage"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _patience(self) -> "RunConfig":
         give_up_s = self.stream.give_up_seconds
         for teacher in self.named_teachers.values():
@@ -178,6 +203,11 @@ class RunConfig(Section):
                 else "is not read"
             )
             raise ValueError(f"targets.source = {targets.source}: targets.recording {state}")
+        if targets.source == "none" and self.loss.layers is not None:
+            raise ValueError(
+                "targets.source = none has no teacher, and loss.layers learns from one; remove loss.layers, or set"
+                " targets.source: live"
+            )
         if targets.source == "none" and self.loss.soft:
             raise ValueError(
                 f"targets.source = none has no teacher to learn from, and loss.hard_weight = {self.loss.hard_weight} asks for"

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from kdscale.config.layers import LayersSection
 from kdscale.config.schedule import Scheduled, ends, within
 from kdscale.config.section import Section
 from kdscale.spec import DivergenceName, Encoding, Payload, Sampler
@@ -221,13 +222,15 @@ class LossSection(Section):
     """Weight of the first distribution in the mixture of the skewed divergences."""
     head_mass: float = Field(0.5, gt=0, lt=1)
     """``adaptive_kl``: mass of the least likely tokens that make the tail."""
+    layers: LayersSection | None = None
+    """Learn from inside the teacher too: hidden states of chosen layers."""
     chunk_mib: float = Field(64, gt=0)
     """Memory budget of the loss's largest tile, MiB."""
 
     @property
     def soft(self) -> bool:
         """Whether any step learns from the teacher."""
-        return min(ends(self.hard_weight)) < 1
+        return min(ends(self.hard_weight)) < 1 or self.layers is not None
 
 
 class TrainSection(Section):

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kdscale.engine.checkpoint import Checkpoint
+from kdscale.engine.layers import PROJECTED
 from kdscale.engine.lora import merged
 from kdscale.engine.partition import digest
 from kdscale.engine.sharding import gathered
@@ -84,13 +85,14 @@ def load_checkpoint_weights(model: PreTrainedModel, checkpoint: Checkpoint) -> N
     """
     shards = Shards(checkpoint.directory)
     parameters = dict(model.named_parameters())
-    stored = {*shards.names, *shards.frozen}
+    names = [name for name in shards.names if not name.startswith(f"{PROJECTED}.")]
+    stored = {*names, *shards.frozen}
     if stored != parameters.keys():
         raise CheckpointError(
             f"{checkpoint.directory} does not hold this student: missing {sorted(parameters.keys() - stored)[:3]},"
             f" unexpected {sorted(stored - parameters.keys())[:3]}"
         )
-    for name in shards.names:
+    for name in names:
         if shards.shape(name) != list(parameters[name].shape):
             raise CheckpointError(
                 f"{checkpoint.directory} does not hold this student: {name} is {shards.shape(name)} there and"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -122,12 +123,20 @@ def student_pixels(student: StudentSection, teacher_directory: Path, task: Task)
     return Pixels.load(own, settings_of=teacher_directory)
 
 
-def from_fields(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    """A fresh model from a transformers config given as a mapping with ``model_type``."""
+def config_of_fields(fields: dict[str, Any]) -> PretrainedConfig:
+    """A transformers config from a mapping with ``model_type``. Raises: ModelError."""
     if "model_type" not in fields:
         raise ModelError("student.config has no model_type; name a transformers family, for instance llama")
     try:
-        config = AutoConfig.for_model(**fields)
+        return AutoConfig.for_model(**fields)
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise ModelError(f"student.config is not usable: {error}") from error
+
+
+def from_fields(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """A fresh model of ``config_of_fields``. Raises: ModelError."""
+    config = config_of_fields(fields)
+    try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"student.config is not a causal language model's: {error}") from error

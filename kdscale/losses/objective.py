@@ -9,11 +9,13 @@ from kdscale.losses.divergence import Divergence
 
 @dataclass(frozen=True)
 class Objective:
-    """``(1 - hard_weight) * s(temperature) * D + hard_weight * CE``; the hard term is at temperature 1."""
+    """``(1 - hard_weight) * s(temperature) * D + hard_weight * CE + layer_weight * L``; the hard term is at temperature 1, and L
+    is the sum over pairs of layers of ``losses.layers.layer_distance``."""
 
     divergence: Divergence
     temperature: float = 1.0
     hard_weight: float = 0.0
+    layer_weight: float = 0.0
 
     @property
     def soft_factor(self) -> float:
@@ -28,4 +30,5 @@ def objective_at(loss: LossSection, step: int, steps: int) -> Objective:
         return value_at(value, step, steps)
 
     kind = Divergence(loss.divergence, beta=now(loss.beta), skew=now(loss.skew), head_mass=loss.head_mass)
-    return Objective(kind, temperature=now(loss.temperature), hard_weight=now(loss.hard_weight))
+    layer_weight = 0.0 if loss.layers is None else now(loss.layers.weight)
+    return Objective(kind, now(loss.temperature), now(loss.hard_weight), layer_weight)

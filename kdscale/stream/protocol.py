@@ -109,7 +109,7 @@ class Header:
 
     def dump(self, token: str) -> bytes:
         # vars() where asdict() would copy deeply: this is done for every request.
-        nested = {"spec": vars(self.spec), "meaning": vars(self.meaning)}
+        nested = {"spec": self.spec.as_dict(), "meaning": vars(self.meaning)}
         return message(token, **(vars(self) | nested))
 
     @staticmethod
@@ -119,7 +119,7 @@ class Header:
         try:
             return Header(
                 request=str(fields["request"]),
-                spec=TargetSpec(**fields["spec"]),
+                spec=TargetSpec.of(fields["spec"]),
                 meaning=Meaning(**fields["meaning"]),
                 num_columns=int(fields["num_columns"]),
                 number=int(fields["number"]),

@@ -61,7 +61,7 @@ class Provenance:
         return Provenance(meaning, corpus, f"{config.data.packing} {config.data.row_tokens}", config.target_spec(0))
 
     def as_dict(self) -> dict[str, Any]:
-        return {"version": 1, **asdict(self)}
+        return {"version": 1, **asdict(self), "targets": self.targets.as_dict()}
 
 
 def row_key(row: Batch) -> bytes:

@@ -39,6 +39,7 @@ from kdscale.stream.protocol import Access
 from kdscale.stream.source import TeacherSource
 from kdscale.stream.whole import needs_no_teacher
 from kdscale.student.keeping import Keeping
+from kdscale.student.layers import LayerLoss
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
 from kdscale.student.own_text import OwnText, open_own_text
 from kdscale.student.resume import WAYS, go_on_from, require_one_environment
@@ -119,7 +120,10 @@ class StudentJob:
         chunk_bytes = int(config.loss.chunk_mib * 2**20)
         settings = student_settings(config, self._dtype_name)
         if self._topology.pipeline == 1:
-            return DataParallelStudent(model, vocab_size, chunk_bytes, settings, self._rank, self._pixels)
+            layers = None
+            if config.loss.layers is not None:
+                layers = LayerLoss(config.loss.layers, model, self._setup.meaning.hidden_size, config.run.seed)
+            return DataParallelStudent(model, vocab_size, chunk_bytes, settings, self._rank, self._pixels, layers)
         by_time = config.student.parallel.split == "time"
         shape = (config.train.micro_rows, config.data.row_tokens) if by_time else None
         return PipelineStudent(model, vocab_size, chunk_bytes, settings, self._topology, self._rank, shape)
@@ -209,6 +213,8 @@ class StudentJob:
             report |= {"quality_before": self._notes["quality_before"], "quality_after": after}
             report |= {"own_quality_before": self._notes.get("own_quality_before")}
             report |= self._own_quality(source, held_out, "own_quality_after")
+        if self._metrics is not None:
+            report["layer_loss"] = self._metrics.last.get("layer_loss")
         self._phase("exporting")
         report["export_max_logit_difference"] = self._export(loader.batch(0).cut(slice(0, 1)), save_reader)
         report["teacher_stats"] = source.teacher_stats()

@@ -19,6 +19,7 @@ from kdscale.engine.training import Engine, training_engine
 from kdscale.head import Head
 from kdscale.losses.divergence import Divergence
 from kdscale.losses.objective import Objective
+from kdscale.student.layers import LayerLoss, parameters_of
 from kdscale.student.module import HeadWithLoss, StudentModule, flatten_batch
 from kdscale.student.pipeline_step import Lesson, PipelineHead, PipelineStep
 from kdscale.student.step import DataParallelStep, Step
@@ -69,16 +70,17 @@ class DataParallelStudent:
         settings: dict[str, Any],
         rank: int,
         pixels: Pixels | None = None,
+        layers: LayerLoss | None = None,
     ) -> None:
-        """``pixels``: how the model reads images; none reads text."""
+        """``pixels``, ``layers``: see ``StudentModule``."""
         self.model, self._rank = model, rank
-        self._module = StudentModule(model, vocab_size, chunk_bytes, pixels)
+        self._module = StudentModule(model, vocab_size, chunk_bytes, pixels, layers)
         self.engine = training_engine(self._module, settings)
-        self.partition = Partition(self.engine, dict(model.named_parameters()))
+        self.partition = Partition(self.engine, parameters_of(model, layers))
         self.head = self._module.head
 
     def step(self, cut: BatchCut) -> Step:
-        return DataParallelStep(self.engine, self.head, cut.micro_steps, cut.data)
+        return DataParallelStep(self.engine, self._module, cut.micro_steps, cut.data)
 
     @torch.no_grad()
     def hidden(self, batches: list[Batch]) -> list[torch.Tensor]:

@@ -3,6 +3,8 @@
 R = rows, L = columns, T = positions trained on, D = hidden size.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,15 +12,20 @@ from transformers import PreTrainedModel
 from kdscale.batch import Batch, ExampleBatch, SoftTargets
 from kdscale.data.images import Pixels
 from kdscale.engine.classifiers import example_tensors
+from kdscale.engine.layers import caught_layers
 from kdscale.engine.models import head_module, head_of, hidden_states, set_head
 from kdscale.head import Head, HeadSpec
 from kdscale.losses.aligned import AlignedTargets, Alignment, aligned_loss
-from kdscale.losses.fused import fused_loss
+from kdscale.losses.fused import STATS, fused_loss
 from kdscale.losses.objective import Objective
 from kdscale.losses.spans import SpanPlaces
 from kdscale.paired import PairedBatch
+from kdscale.student.layers import LayerLoss
 
 Targets = SoftTargets | AlignedTargets
+SUMS = (*STATS, "layer_loss")
+"""Names of a student's statistics: the fused loss's, and the distance of its layers to the teacher's, summed over pairs and
+positions (0 without ``loss.layers``)."""
 
 
 class HeadWithLoss(nn.Module):
@@ -81,14 +88,31 @@ class HeadWithLoss(nn.Module):
 
 
 class StudentModule(nn.Module):
-    """What DeepSpeed trains. Parameter names are the model's own behind ``model.``."""
+    """What DeepSpeed trains. Parameter names are the model's own behind ``model.``; ``layers.`` has those of the projections."""
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, chunk_bytes: int, pixels: Pixels | None = None) -> None:
-        """``pixels``: how the model reads images; none reads text."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        chunk_bytes: int,
+        pixels: Pixels | None = None,
+        layers: LayerLoss | None = None,
+    ) -> None:
+        """``pixels``: how the model reads images; none reads text. ``layers``: what it learns from inside the teacher."""
         super().__init__()
         set_head(model, HeadWithLoss(*head_of(model, vocab_size), chunk_bytes))
         self.model = model
+        self.layers = layers
         self._pixels = pixels
+        self._layer_weight = 0.0
+
+    def expect(self, objective: Objective, targets: Targets | None) -> None:
+        """See ``HeadWithLoss.expect``."""
+        self._layer_weight = objective.layer_weight
+        if self.layers is not None and isinstance(targets, SoftTargets):
+            self.layers.expect(targets.layers_TND)
+            targets = replace(targets, layers_TND=None)
+        self.head.expect(objective, targets)
 
     @property
     def head(self) -> HeadWithLoss:
@@ -103,17 +127,23 @@ class StudentModule(nn.Module):
         trained_T: torch.Tensor,
         labels_T: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """(loss sum, statistics) of what ``head.expect`` was told; without labels the hidden states of the trained
+        """(loss sum, statistics ``SUMS``) of what ``expect`` was told; without labels the hidden states of the trained
         positions, ([T, D],).
 
         ``beside``: see ``hidden_states``. ``trained_T`` indexes the flattened rows: positions that are not trained on never
         meet the head.
         """
-        hidden_TD = hidden_states(self.model, inputs_RL, beside, self._pixels)[trained_T]
+        wanted = self.layers.student_layers if self.layers is not None and labels_T is not None else ()
+        with caught_layers(self.model, wanted) as caught:
+            hidden_TD = hidden_states(self.model, inputs_RL, beside, self._pixels)[trained_T]
         if labels_T is None:
             return (hidden_TD,)
         loss, stats = self.head(hidden_TD, labels_T)
-        return loss, stats
+        layer_loss = loss.new_zeros(())
+        if self.layers is not None:
+            layer_loss = self.layers(*(caught[layer].flatten(0, 1)[trained_T] for layer in wanted))
+            loss = loss + self._layer_weight * layer_loss
+        return loss, torch.cat([stats, layer_loss.detach().reshape(1)])
 
 
 def flatten_batch(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

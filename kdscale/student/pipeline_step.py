@@ -15,9 +15,8 @@ from kdscale.engine.families import Activations
 from kdscale.engine.pipeline import Pipeline
 from kdscale.engine.scale import backward_factor
 from kdscale.engine.training import set_learning_rate
-from kdscale.losses.fused import STATS
 from kdscale.losses.objective import Objective
-from kdscale.student.module import HeadWithLoss, flatten_batch
+from kdscale.student.module import SUMS, HeadWithLoss, flatten_batch
 from kdscale.student.step import MicroBatch, Signals, StepResult, step_result
 from kdscale.topology import BatchCut, Topology
 
@@ -64,13 +63,14 @@ class PipelineHead(nn.Module):
             return hidden_TD.new_zeros(())
         self.head.expect(lesson.objective, lesson.targets)
         loss, stats = self.head(hidden_TD, lesson.labels_T)
-        self._stats.append(torch.cat([loss.detach().reshape(1), stats]).double())
+        # A pipeline learns from no layers.
+        self._stats.append(torch.cat([loss.detach().reshape(1), stats, stats.new_zeros(1)]).double())
         return loss * lesson.factor
 
     def take_sums(self, device: torch.device) -> torch.Tensor:
         """Loss and statistics since the last call, float64 [1 + S]; zeros where this stage is not the last."""
         stats, self._stats = self._stats, []
-        return sum(stats, torch.zeros(1 + len(STATS), dtype=torch.float64, device=device))
+        return sum(stats, torch.zeros(1 + len(SUMS), dtype=torch.float64, device=device))
 
     def take_hidden(self) -> list[torch.Tensor]:
         """Hidden states [T, D] of the micro-batches without a lesson since the last call."""

@@ -10,9 +10,8 @@ from kdscale.batch import Batch, SoftTargets
 from kdscale.engine.process import sum_over_ranks
 from kdscale.engine.scale import backward_factor
 from kdscale.engine.training import Engine, gradient_norm, set_learning_rate
-from kdscale.losses.fused import STATS
 from kdscale.losses.objective import Objective
-from kdscale.student.module import HeadWithLoss, flatten_batch, targets_on
+from kdscale.student.module import SUMS, StudentModule, flatten_batch, targets_on
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class StepResult:
     num_tokens: int
     loss: float
     means: dict[str, float]
-    """By the names of ``losses.fused.STATS``, without ``count``."""
+    """By the names of ``module.SUMS``, without ``count``."""
     gradient_norm: float
     wait_seconds: float
     """Time spent waiting for soft targets, mean over the ranks that hold the loss."""
@@ -78,14 +77,14 @@ def step_result(
 ) -> StepResult:
     """The means that a step amounts to; every rank calls it.
 
-    ``sums`` are this rank's loss and statistics ``STATS``, float64 [1 + S]; zeros on ranks that hold no loss.
+    ``sums`` are this rank's loss and statistics ``SUMS``, float64 [1 + S]; zeros on ranks that hold no loss.
     """
     beside = [waited_s, *map(float, astuple(signals))]
     *own, waited, stop, save, written, failed = sum_over_ranks(torch.cat([sums, sums.new_tensor(beside)])).tolist()
     count = max(1, num_tokens_step)
-    means = {name: own[1 + index] / count for index, name in enumerate(STATS) if name != "count"}
+    means = {name: own[1 + index] / count for index, name in enumerate(SUMS) if name != "count"}
     return StepResult(
-        num_tokens=int(own[1 + STATS.index("count")]),
+        num_tokens=int(own[1 + SUMS.index("count")]),
         loss=own[0] / count,
         means=means,
         gradient_norm=gradient_norm(engine),
@@ -97,9 +96,9 @@ def step_result(
 class DataParallelStep:
     """DeepSpeed data parallel, ZeRO 0 to 3."""
 
-    def __init__(self, engine: Engine, head: HeadWithLoss, micro_steps: int, data_ranks: int) -> None:
+    def __init__(self, engine: Engine, module: StudentModule, micro_steps: int, data_ranks: int) -> None:
         self._engine = engine
-        self._head = head
+        self._module = module
         self._micro_steps = micro_steps
         self._data_ranks = data_ranks
 
@@ -117,13 +116,13 @@ class DataParallelStep:
         device = engine.device
         factor = backward_factor(num_tokens_step, self._micro_steps, self._data_ranks)
         set_learning_rate(engine, rate)
-        sums = torch.zeros(1 + len(STATS), dtype=torch.float64, device=device)
+        sums = torch.zeros(1 + len(SUMS), dtype=torch.float64, device=device)
         waited_s = 0.0
         engine.train()
         for micro in micro_batches:
             labels_T = torch.from_numpy(micro.batch.labels()).to(device)
             # A micro-batch with no trained token still runs backward: the other ranks wait in the same collective.
-            self._head.expect(objective, targets_on(micro.batch, micro.targets, device))
+            self._module.expect(objective, targets_on(micro.batch, micro.targets, device))
             loss, stats = engine(*flatten_batch(micro.batch, device), labels_T)
             engine.backward(loss * factor)
             engine.step()

@@ -202,4 +202,5 @@ class Trainer:
             wait_seconds=result.wait_seconds,
             checkpoint_stall_seconds=self._saving.take_stall_seconds(),
             tokens_per_second=result.num_tokens / seconds,
+            layer_loss=means["layer_loss"] if self._config.loss.layers is not None else None,
         )

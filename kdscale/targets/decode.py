@@ -3,13 +3,15 @@
 T = positions, K = named entries, V = vocabulary, D = hidden size.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import torch
 
 from kdscale.batch import DenseTargets, HiddenTargets, SampledTargets, SoftTargets, TopkTargets
 from kdscale.errors import PayloadError
-from kdscale.spec import TargetSpec
+from kdscale.spec import Encoding, TargetSpec
 from kdscale.targets.arrow import plane, rows_of_bytes
 from kdscale.targets.codec import (
     decode_between,
@@ -22,7 +24,7 @@ from kdscale.targets.codec import (
     unpack_ragged,
     unpack_sorted,
 )
-from kdscale.targets.layout import count_dtype, high_bits, high_bytes, id_bytes, value_bytes
+from kdscale.targets.layout import count_dtype, high_bits, high_bytes, id_bytes, layer_column, scale_column, value_bytes
 
 # float16 rounds a log-probability by at most 2^-11 of itself; the kept mass may exceed 1 by that much.
 _MASS_EPS = 2e-2
@@ -43,13 +45,21 @@ def decode(batch: pa.RecordBatch, spec: TargetSpec, vocab_size: int) -> SoftTarg
     # As unsigned numbers those below 0 are the largest.
     _refuse(labels.view(np.uint32).max(initial=0) >= vocab_size, f"a label lies outside the vocabulary of {vocab_size}")
     labels_T = torch.from_numpy(labels)
+    targets = _decode_payload(batch, labels_T, spec, vocab_size)
+    if not spec.layers:
+        return targets
+    states = [_decode_hidden(batch, layer_column(layer), spec.layers_encoding) for layer in spec.layers]
+    return replace(targets, layers_TND=torch.stack(states, dim=1))
+
+
+def _decode_payload(batch: pa.RecordBatch, labels_T: torch.Tensor, spec: TargetSpec, vocab_size: int) -> SoftTargets:
     match spec.payload:
         case "topk":
             return _decode_topk(batch, labels_T, spec, vocab_size)
         case "sampled":
             return _decode_sampled(batch, labels_T, spec, vocab_size)
         case "hidden":
-            return HiddenTargets(labels_T, _decode_hidden(batch, spec))
+            return HiddenTargets(labels_T, _decode_hidden(batch, "hidden", spec.encoding))
         case "dense":
             logp = torch.from_numpy(plane(batch, "logp", "<f4", vocab_size).copy())
             _refuse(not (logp <= 0).all(), "a log-probability is above 0 or not a number")
@@ -138,14 +148,15 @@ def _decode_sampled(batch: pa.RecordBatch, labels_T: torch.Tensor, spec: TargetS
     return SampledTargets(labels_T, ids_TK, weight_TK, *counts, _entropy(batch), spec.temperature)
 
 
-def _decode_hidden(batch: pa.RecordBatch, spec: TargetSpec) -> torch.Tensor:
-    width = batch.schema.field("hidden").type.byte_width
-    if spec.encoding == "bfloat16":
-        bits = plane(batch, "hidden", "<u2", width // 2)
+def _decode_hidden(batch: pa.RecordBatch, name: str, encoding: Encoding) -> torch.Tensor:
+    """bfloat16 [T, D] of the column ``name``."""
+    width = batch.schema.field(name).type.byte_width
+    if encoding == "bfloat16":
+        bits = plane(batch, name, "<u2", width // 2)
         _refuse(_any_special(bits, _BFLOAT_EXPONENT), "a hidden state is not finite")
         return torch.from_numpy(bits.copy().view(np.int16)).view(torch.bfloat16)
-    scale = torch.from_numpy(plane(batch, "scale", "<f4").copy())
-    hidden = dequantize_rows(torch.from_numpy(plane(batch, "hidden", "i1", width).copy()), scale)
+    scale = torch.from_numpy(plane(batch, scale_column(name), "<f4").copy())
+    hidden = dequantize_rows(torch.from_numpy(plane(batch, name, "i1", width).copy()), scale)
     # 127 scales at most: a row is finite where its largest possible value is.
     _refuse(not torch.isfinite((127 * scale).bfloat16()).all(), "a hidden state is not finite")
     return hidden

@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from kdscale.batch import DenseTargets, HiddenTargets, SampledTargets, SoftTargets, TopkTargets
-from kdscale.spec import TargetSpec
+from kdscale.spec import Encoding, TargetSpec
 from kdscale.targets.arrow import Column, record_batch
 from kdscale.targets.codec import (
     encode_between,
@@ -38,14 +38,22 @@ def encode(targets: SoftTargets, spec: TargetSpec, target_schema: pa.Schema, voc
         case SampledTargets():
             columns += _samples(targets, spec, vocab_size)
             columns.append(_half(targets.entropy_T))
-        case HiddenTargets() if spec.encoding == "bfloat16":
-            columns.append(targets.hidden_TD.contiguous().view(torch.int16).numpy())
         case HiddenTargets():
-            values, scale = quantize_rows(targets.hidden_TD)
-            columns += [values.numpy(), scale.numpy()]
+            columns += _hidden(targets.hidden_TD, spec.encoding)
         case DenseTargets():
             columns.append(targets.logp_TV.numpy())
+    if targets.layers_TND is not None:
+        for states_TD in targets.layers_TND.unbind(1):
+            columns += _hidden(states_TD, spec.layers_encoding)
     return record_batch(columns, target_schema)
+
+
+def _hidden(hidden_TD: torch.Tensor, encoding: Encoding) -> list[Column]:
+    """bfloat16's bits; or integers, and the scale of each row."""
+    if encoding == "bfloat16":
+        return [hidden_TD.contiguous().view(torch.int16).numpy()]
+    values, scale = quantize_rows(hidden_TD)
+    return [values.numpy(), scale.numpy()]
 
 
 def _ordered(targets: TopkTargets, spec: TargetSpec, vocab_size: int) -> list[np.ndarray]:

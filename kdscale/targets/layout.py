@@ -1,7 +1,8 @@
 """The columns of each payload, and so its bytes. No torch.
 
 Every column is without nulls, one value per position; a plane of K entries is one fixed-size binary. ``sampled`` alone has
-rows of unequal length: a peaked distribution needs few entries.
+rows of unequal length: a peaked distribution needs few entries. Hidden states of layers, where they are asked for, are columns
+behind those of any payload.
 """
 
 import json
@@ -10,7 +11,7 @@ from functools import lru_cache
 import pyarrow as pa
 
 from kdscale.errors import PayloadError
-from kdscale.spec import ENCODINGS, TargetSpec
+from kdscale.spec import ENCODINGS, Encoding, TargetSpec
 
 VERSION = 3
 
@@ -20,8 +21,15 @@ def schema(spec: TargetSpec, vocab_size: int, hidden_size: int) -> pa.Schema:
     """The Arrow schema of a payload. Its metadata says what the numbers mean, so a recording explains itself.
 
     Raises:
-        PayloadError: an encoding that the payload does not have.
+        PayloadError: an encoding that the payload does not have, or layers not ascending from 0.
     """
+    layers = spec.layers
+    if list(layers) != sorted(set(layers)) or min(layers, default=0) < 0:
+        raise PayloadError(f"layers {list(layers)} cannot be asked for; name each once, ascending, from 0 on")
+    if spec.layers_encoding not in ENCODINGS["hidden"]:
+        raise PayloadError(
+            f"layers cannot be encoded as {spec.layers_encoding}; choose {' or '.join(ENCODINGS['hidden'])}"
+        )
     if spec.encoding not in ENCODINGS[spec.payload]:
         raise PayloadError(
             f"payload {spec.payload} cannot be encoded as {spec.encoding}; choose {' or '.join(ENCODINGS[spec.payload])}"
@@ -46,13 +54,30 @@ def schema(spec: TargetSpec, vocab_size: int, hidden_size: int) -> pa.Schema:
             fields.append(("entropy", pa.float16()))
         case "sampled":
             fields += [("ids", pa.binary()), ("weights", pa.binary()), ("entropy", pa.float16())]
-        case "hidden" if spec.encoding == "bfloat16":
-            fields.append(("hidden", pa.binary(2 * hidden_size)))
         case "hidden":
-            fields += [("hidden", pa.binary(hidden_size)), ("scale", pa.float32())]
+            fields += hidden_fields("hidden", spec.encoding, hidden_size)
         case "dense":
             fields.append(("logp", pa.binary(4 * vocab_size)))
+    for layer in spec.layers:
+        fields += hidden_fields(layer_column(layer), spec.layers_encoding, hidden_size)
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields], metadata=meta)
+
+
+def hidden_fields(name: str, encoding: Encoding, hidden_size: int) -> list[tuple[str, pa.DataType]]:
+    """The columns of hidden states: one of numbers, and for int8 one of scales."""
+    if encoding == "bfloat16":
+        return [(name, pa.binary(2 * hidden_size))]
+    return [(name, pa.binary(hidden_size)), (scale_column(name), pa.float32())]
+
+
+def layer_column(layer: int) -> str:
+    """Name of the column with a layer's hidden states."""
+    return f"layer_{layer}"
+
+
+def scale_column(name: str) -> str:
+    """Name of the column with the scales of int8 hidden states."""
+    return "scale" if name == "hidden" else f"{name}_scale"
 
 
 @lru_cache(maxsize=64)

@@ -3,6 +3,9 @@
 T = positions, C = positions of a chunk, V = true vocabulary, K = named entries, D = hidden size.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -41,6 +44,13 @@ def make_targets(
             uniforms = None if uniforms_T is None else uniforms_T[at]
             parts.append(targets_of_logits(logits_BV, labels_T[at], spec, uniforms))
     return SoftTargets.join(parts)
+
+
+def with_layers(targets: SoftTargets, states: Sequence[torch.Tensor]) -> SoftTargets:
+    """``targets`` with the hidden states [T, D] of layers, as they travel; themselves where there are none."""
+    if not states:
+        return targets
+    return replace(targets, layers_TND=torch.stack([one.to(torch.bfloat16) for one in states], dim=1).cpu())
 
 
 def targets_of_logits(

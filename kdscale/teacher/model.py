@@ -11,11 +11,13 @@ import torch
 from kdscale.batch import Batch, ExampleBatch, SoftTargets, TokenBatch
 from kdscale.data.images import Pixels
 from kdscale.engine.classifiers import PassThrough, is_classifier
+from kdscale.engine.layers import blocks_of, caught_layers, num_layers
 from kdscale.engine.models import head_of, hidden_states, set_head
 from kdscale.engine.sharding import InferenceModel, gathered
+from kdscale.errors import ModelError, PayloadError
 from kdscale.head import Head
 from kdscale.spec import TargetSpec
-from kdscale.targets.payloads import make_targets
+from kdscale.targets.payloads import make_targets, with_layers
 from kdscale.targets.sampling import uniforms
 
 
@@ -58,7 +60,10 @@ class TeacherModel:
         stand in the same collectives.
         """
         scores = [one for one in work if isinstance(one, Score)]
-        hidden = iter(self._hidden([one.batch for one in scores]))
+        with caught_layers(self._model, {layer for one in scores for layer in one.spec.layers}) as caught:
+            hidden = iter(self._hidden([one.batch for one in scores]))
+        tokens = [one.batch for one in scores if isinstance(one.batch, TokenBatch)]
+        inside = {layer: iter(self._trained(states, tokens)) for layer, states in caught.items()}
         answers: list[SoftTargets | Head] = []
         with gathered([one for one in (self._weight, self._bias) if one is not None]):
             head = Head(self._weight, self._bias, self._spec)
@@ -69,8 +74,25 @@ class TeacherModel:
                     case Score(batch=batch, spec=spec):
                         labels = torch.from_numpy(batch.labels())
                         draws = uniforms(batch, spec.seed) if spec.payload == "sampled" else None
-                        answers.append(make_targets(next(hidden), head, labels, spec, draws))
+                        targets = make_targets(next(hidden), head, labels, spec, draws)
+                        states = {layer: next(of_batches) for layer, of_batches in inside.items()}
+                        answers.append(with_layers(targets, [states[layer] for layer in spec.layers]))
         return answers
+
+    def refusal(self, spec: TargetSpec) -> PayloadError | None:
+        """Why ``spec`` asks for layers that cannot be had; none where they can. Any thread may ask."""
+        if not spec.layers:
+            return None
+        if self._classifies:
+            return PayloadError("layers were asked for of a classifier, which has no states of single tokens")
+        last = num_layers(self._model.config)
+        if max(spec.layers) > last:
+            return PayloadError(f"layers {list(spec.layers)} were asked for; the teacher's are 0 to {last}")
+        try:
+            blocks_of(self._model)
+        except ModelError as error:
+            return PayloadError(f"the teacher: {error}")
+        return None
 
     def _hidden(self, batches: list[Batch]) -> list[torch.Tensor]:
         """Final hidden states [T, D] of each batch's trained positions, from one pass over all rows."""
@@ -101,8 +123,12 @@ class TeacherModel:
         columns = max(max(int((batch.segments_RL != 0).any(0).sum()), 1) for batch in batches)
         ids = np.concatenate([_columns(batch.ids_RL, columns) for batch in batches])
         positions = np.concatenate([_columns(batch.positions_RL, columns) for batch in batches])
-        hidden_RLD = self._base(ids, positions).unflatten(0, ids.shape)
-        parts = hidden_RLD.split([batch.num_rows for batch in batches])
+        return self._trained(self._base(ids, positions).unflatten(0, ids.shape), batches)
+
+    def _trained(self, states_RLD: torch.Tensor, batches: list[TokenBatch]) -> list[torch.Tensor]:
+        """States [T, D] of each batch's trained positions, from those of all rows."""
+        columns = states_RLD.shape[1]
+        parts = states_RLD.split([batch.num_rows for batch in batches])
         return [
             part[torch.from_numpy(_columns(batch.predicts_RL, columns)).to(self._device)]
             for part, batch in zip(parts, batches, strict=True)

@@ -48,6 +48,10 @@ class RankScorer:
     def submit(self, request: str, batch: Batch | None, header: Header | None) -> "queue.SimpleQueue[Answer]":
         work: Work = FetchHead() if batch is None or header is None else Score(batch, header.spec)
         answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
+        if isinstance(work, Score) and (fault := self._model.refusal(work.spec)) is not None:
+            # Of this request alone: a forward that fails ends the whole group.
+            answers.put(fault)
+            return answers
         with self._lock:
             number = next(self._numbers)
             self._pending[number] = (work, answers)

@@ -92,7 +92,7 @@ def kdscale(name: str, work: Path) -> None:
     module = StudentModule(model, prepared.meaning.vocab_size, int(config.loss.chunk_mib * 2**20))
     engine = training_engine(module, student_settings(config, "bfloat16"))
     cut = batch_cut(config)
-    step = DataParallelStep(engine, module.head, cut.micro_steps, 1)
+    step = DataParallelStep(engine, module, cut.micro_steps, 1)
     corpus = corpus_of(config, prepared, lambda done, total, what: None)
     loader = Loader(corpus.train, config.data.packing, config.data.row_tokens, cut.rows, config.run.seed)
 

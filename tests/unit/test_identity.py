@@ -37,7 +37,8 @@ def test_every_setting_has_a_kind():
     sections = {name.rsplit(".", n)[0] for name in known for n in range(3)}
     assert {name for name in known if not any(f"{name}.".startswith(f"{one}.") for one in _KINDS)} == set()
     assert {name for name in _KINDS if name not in sections and not name.startswith("deepspeed.")} == {
-        *("student.files", "tokenizer", "student_tokenizer", "corpus", "environment")
+        *("student.files", "tokenizer", "student_tokenizer", "corpus", "environment"),
+        *("loss.layers.pairs", "loss.layers.projection"),
     }
 
 

@@ -32,12 +32,12 @@ def test_plain_lines_without_a_terminal():
     display = Display(10, Console(file=out, width=200))
     display.phase("training")
     display.step(STEP)
-    display.step(replace(STEP, step=10))
+    display.step(replace(STEP, step=10, layer_loss=0.25))
     display.close()
     text = out.getvalue()
     assert "training" in text
     assert "step 1/10 loss 2.000 (soft 1.900 hard 3.000) 50 tokens/s wait 0.25" in text
-    assert "step 10/10" in text
+    assert "step 10/10 loss 2.000 (soft 1.900 hard 3.000 layers 0.250)" in text
 
 
 def test_labels_only_shows_no_soft_loss():

@@ -114,10 +114,10 @@ class TokenBatch:
         mine_RL = self.routes_RL == route
         rows = (self.predicts_RL & mine_RL).any(1)
         mine_RL = mine_RL[rows]
-        counts_R = mine_RL.sum(1)
-        columns = np.arange(counts_R.max(initial=0), dtype=np.int32)
-        order_RL = np.argsort(~mine_RL, axis=1, kind="stable")[:, : len(columns)]
-        used_RL = columns < counts_R[:, None]
+        # As many columns as before: a row's draws follow from all of its ids, and may not depend on the rows beside it.
+        columns = np.arange(mine_RL.shape[1], dtype=np.int32)
+        order_RL = np.argsort(~mine_RL, axis=1, kind="stable")
+        used_RL = columns < mine_RL.sum(1)[:, None]
 
         def moved(plane_RL: np.ndarray, padding: np.ndarray | int) -> np.ndarray:
             return np.where(used_RL, np.take_along_axis(plane_RL[rows], order_RL, 1), padding).astype(plane_RL.dtype)

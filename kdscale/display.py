@@ -123,7 +123,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         table.caption = f"{title}; {summary['matched_tokens']:,} tokens are of both vocabularies"
     for name, one in (summary["teachers"] or {}).items():
         ranks = f"{one['ranks']} rank{'s' if one['ranks'] > 1 else ''}"
-        table.add_row(f"teacher {name}: parameters (M)", f"{one['parameters'] / million:.1f}, {ranks}", "", "")
+        table.add_row(f"teacher {name} (M)", f"{one['parameters'] / million:.1f}, {ranks}", "", "")
     table.add_row(
         "parameters (M)",
         number("teacher_parameters", "{:.1f}", million),

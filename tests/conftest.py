@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -158,10 +157,12 @@ FAMILIES = {
 }
 
 
-def make_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
-    """A tiny model with weights large enough that its distributions are not flat."""
+def make_model(family: str, seed: int = 0, **fields: int) -> transformers.PreTrainedModel:
+    """A tiny model with weights large enough that its distributions are not flat; ``fields`` change its config."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), dtype=torch.float32).eval()
+    config = copy.deepcopy(FAMILIES[family])
+    config.update(fields)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -170,12 +171,10 @@ def make_model(family: str, seed: int = 0) -> transformers.PreTrainedModel:
     return model
 
 
-def make_colleague(directory: Path, teacher_dir: Path, family: str, seed: int) -> Path:
-    """Another model with the very tokenizer of ``teacher_dir``: training one again breaks ties in another way."""
-    make_model(family, seed).save_pretrained(directory)
-    for file in teacher_dir.glob("*token*"):
-        shutil.copy(file, directory)
-    return directory
+def make_colleague(directory: Path, seed: int) -> Path:
+    """Another teacher with the tokenizer of ``teacher_dir``, wider and of fewer layers."""
+    make_model("llama", seed, hidden_size=48, num_hidden_layers=2).save_pretrained(directory)
+    return make_tokenizer(directory)
 
 
 @pytest.fixture(scope="session")

@@ -29,9 +29,9 @@ TOKEN = "the run's token"
 class Teacher:
     """One rank, its endpoint and its directory, in this process."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, hidden_size: int = 32) -> None:
         tokenizer = load_tokenizer(str(directory))
-        self.meaning = Meaning("teacher", tokenizer.fingerprint, tokenizer.vocab_size, 32)
+        self.meaning = Meaning("teacher", tokenizer.fingerprint, tokenizer.vocab_size, hidden_size)
         device = torch.device("cpu")
         inference = InferenceModel(str(directory), teacher_settings(1, "float32"), torch.float32, device)
         self.model = TeacherModel(inference, self.meaning.vocab_size, device)

@@ -1,12 +1,13 @@
 """Several teachers, end to end: each document goes to its own, a run is killed and gone on with, and mixtures are learned."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import documents, make_colleague
-from tests.runs import assert_nothing_left, run, start, wait_for_step, write_config
+from tests.runs import assert_nothing_left, finish, run, start, wait_for_file, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +30,7 @@ def steps(directory: Path) -> list[tuple[str, float, float]]:
 
 def test_each_document_has_its_teacher(tmp_path: Path, teacher_dir: Path):
     """Two teachers, one of them in two replicas; killed and gone on with, every number is that of a run without faults."""
-    other = make_colleague(tmp_path / "other", teacher_dir, "qwen2", seed=5)
+    other = make_colleague(tmp_path / "other", seed=5)
     text = write_routed(tmp_path / "text")
     config = write_config(
         tmp_path,
@@ -66,8 +67,42 @@ def test_each_document_has_its_teacher(tmp_path: Path, teacher_dir: Path):
     assert json.loads((runs / "halves" / "summary.json").read_text())["kl_after"] == summary["kl_after"]
 
     # A checkpoint belongs to all of them.
-    make_colleague(other, teacher_dir, "qwen2", seed=6)
+    make_colleague(other, seed=6)
     log.unlink()
     assert run("train", str(config), "run.name=halves", "train.steps=16", log=log) == 1
     assert "teachers.others.right (the files of teachers.others.right.model)" in log.read_text()
+    assert_nothing_left()
+
+
+def test_a_mixture_of_teachers_served_elsewhere(tmp_path: Path, teacher_dir: Path, text_dir: Path):
+    """One directory for both; who asks for another mixture of names is told which there are."""
+    other = make_colleague(tmp_path / "other", seed=5)
+    config = write_config(
+        tmp_path,
+        teacher_dir,
+        text_dir,
+        teacher={"ranks": 1},
+        teachers={
+            "combine": "mixture",
+            "others": {"right": {"model": str(other)}},
+            "weights": {"main": 0.25, "right": 0.75},
+        },
+        student={"layers": [0, 3], "dtype": "float32"},
+        targets={"payload": "sampled"},
+        train={"steps": 10, "lr": 1e-2},
+    )
+    endpoints, log, teacher_log = tmp_path / "teacher.json", tmp_path / "log", tmp_path / "teacher.log"
+    teacher = start("teacher", str(config), "--write", str(endpoints), log=teacher_log)
+    wait_for_file(endpoints, teacher, teacher_log)
+    assert run("train", str(config), "--teacher-endpoints", str(endpoints), log=log) == 0, log.read_text()
+    summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    main, right = summary["teachers"]["main"], summary["teachers"]["right"]
+    assert main["targets"] == right["targets"] > summary["tokens_trained"]
+    assert summary["kl_after"] < summary["kl_before"]
+    assert summary["canary"].count("ok: ") == 2
+    renamed = ["teachers.others={left: {model: " + str(other) + "}}", "teachers.weights={main: 0.5, left: 0.5}"]
+    assert run("train", str(config), *renamed, "--teacher-endpoints", str(endpoints), "run.name=x", log=log) == 1
+    assert "no teacher is called 'left' here; there are main, right" in log.read_text()
+    teacher.send_signal(signal.SIGTERM)
+    assert finish(teacher, teacher_log, within_s=30) == 130
     assert_nothing_left()

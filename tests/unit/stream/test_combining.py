@@ -28,8 +28,8 @@ WEIGHTS = {"left": 0.25, "right": 0.75}
 
 @pytest.fixture(scope="module")
 def teachers(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Teacher]]:
-    other = make_colleague(tmp_path_factory.mktemp("other"), teacher_dir, "llama", seed=5)
-    found = {"left": Teacher(teacher_dir), "right": Teacher(other)}
+    other = make_colleague(tmp_path_factory.mktemp("other"), seed=5)
+    found = {"left": Teacher(teacher_dir), "right": Teacher(other, hidden_size=48)}
     yield found
     for teacher in found.values():
         teacher.close()
@@ -94,6 +94,10 @@ def test_routed_targets_are_each_teachers_own(teachers: dict[str, Teacher], spec
             # Neither the neighbours nor the place in the row change what a document's teacher says.
             every = sources[name].fetch(whole, spec)
             assert torch.allclose(here.logp_TV, every.logp_TV[torch.from_numpy(share.places)], atol=1e-4)
+    if spec.payload == "sampled":
+        apart = [source.fetch(row, spec) for row in whole.rows()]
+        for ours, theirs in zip(SoftTargets.join(apart).tensors()[1:3], found.tensors()[1:3], strict=True):
+            assert torch.allclose(ours.double(), theirs.double(), atol=1e-3), "neither do the rows beside it"
     scored = {name: teacher.scorer.stats()["tokens"] for name, teacher in teachers.items()}
     source.fetch(whole, spec)
     for name, share in shares.items():

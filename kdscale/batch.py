@@ -33,7 +33,7 @@ class TokenBatch:
     """int32; restarts at 0 with every segment, padding included."""
     predicts_RL: np.ndarray
     """bool; the positions trained on. Never true in the last column or on padding."""
-    routes_RL: np.ndarray | None = None
+    routes_RL: np.ndarray | None = field(default=None, kw_only=True)
     """int8; which of several teachers a document goes to, -1 on padding. None: there is no choice."""
 
     def __post_init__(self) -> None:

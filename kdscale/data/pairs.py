@@ -111,7 +111,7 @@ class PairSplit:
         self.lengths = np.concatenate([np.zeros(0, np.int64), *longest]).astype(np.int64)
         """Tokens by piece, of the side that has more, int64: so rows of equal length hold the same pieces on both sides."""
         self.all_trained = all_trained
-        self.routes = None
+        self.routes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -122,7 +122,7 @@ class StudentJob:
         if self._topology.pipeline == 1:
             layers = None
             if config.loss.layers is not None:
-                layers = LayerLoss(config.loss.layers, model, self._setup.meaning.hidden_size, config.run.seed)
+                layers = LayerLoss(config.loss.layers, model, self._setup.teacher.meaning.hidden_size, config.run.seed)
             return DataParallelStudent(model, vocab_size, chunk_bytes, settings, self._rank, self._pixels, layers)
         by_time = config.student.parallel.split == "time"
         shape = (config.train.micro_rows, config.data.row_tokens) if by_time else None
@@ -132,7 +132,7 @@ class StudentJob:
         section, pair = self._config.alignment, self._pair
         if section.method is None or pair is None:
             return None
-        vocabularies = Vocabularies.of(pair.matches, pair.vocab_size, self._setup.meaning.vocab_size, self._device)
+        vocabularies = Vocabularies.of(pair.matches, pair.vocab_size, self._setup.teacher.meaning.vocab_size, self._device)
         return Alignment(section.method, section.unmatched_weight, vocabularies)
 
     @property

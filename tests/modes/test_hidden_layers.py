@@ -35,36 +35,33 @@ def test_from_inside_the_teacher(tmp_path: Path, teacher_dir: Path, text_dir: Pa
         "run": {"deterministic": True},
         "student": {"init": "config", "layers": None, "config": narrow, "parallel": {"data": 2}},
         "loss": {"layers": layers},
-        "train": {"steps": 20, "lr": 1e-2},
+        "train": {"steps": 24, "lr": 1e-2},
         "deepspeed": {"zero_optimization": {"stage": 3}},
     }
     config = write_config(tmp_path, teacher_dir, text_dir, **sections)
     log, runs, out = tmp_path / "log", tmp_path / "runs", tmp_path / "out"
 
-    # The recording fills while it trains; the run is killed, and goes on.
-    recording = ["targets.source=live+record", f"targets.recording={out}"]
-    process = start("train", str(config), "run.name=killed", *recording, log=log)
-    wait_for_step(runs / "killed", 7, process, log)
+    process = start("train", str(config), "run.name=live", log=log)
+    wait_for_step(runs / "live", 7, process, log)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert_nothing_left(within_s=15)
-    assert not (runs / "killed" / "summary.json").exists()
-    assert run("train", str(config), "run.name=killed", *recording, log=log) == 0, log.read_text()
+    assert not (runs / "live" / "summary.json").exists()
     assert run("train", str(config), "run.name=live", log=log) == 0, log.read_text()
-    assert (out / "MANIFEST.json").exists()
-    recorded = ["targets.source=recording", f"targets.recording={out}"]
-    assert run("train", str(config), "run.name=recorded", *recorded, log=log) == 0, log.read_text()
+    for name, source in (("filling", "live+record"), ("recorded", "recording")):
+        given = [f"run.name={name}", f"targets.source={source}", f"targets.recording={out}"]
+        assert run("train", str(config), *given, log=log) == 0, log.read_text()
+        assert (out / "MANIFEST.json").exists()
 
     steps = measured(runs / "live")
-    assert len(steps) == 20
-    assert measured(runs / "killed") == steps
-    assert measured(runs / "recorded") == steps
+    assert len(steps) == 24
     assert steps[-1][2] < 0.8 * steps[0][2], "layers come nearer to the teacher's"
-    weights = trained(runs / "live", 20)
+    weights = trained(runs / "live", 24)
     projections = {name: one for name, one in weights.items() if name.startswith("loss.layers.")}
     assert [list(one.shape) for one in projections.values()] == [[32, 16]] * 3
-    for name in ("killed", "recorded"):
-        again = trained(runs / name, 20)
+    for name in ("filling", "recorded"):
+        assert measured(runs / name) == steps, name
+        again = trained(runs / name, 24)
         assert again.keys() == weights.keys()
         assert all(torch.equal(one, again[key]) for key, one in weights.items()), name
 

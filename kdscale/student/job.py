@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from kdscale import log
 from kdscale.batch import Batch
-from kdscale.config.teachers import ALONE
 from kdscale.data.pairs import TokenizerPair
 from kdscale.data.reading import RunCorpus, load_reader, make_loader, read_corpus
 from kdscale.engine import checkpoint as checkpoints
@@ -25,7 +24,6 @@ from kdscale.engine.saver import Saver
 from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
 from kdscale.engine.shards import index_files
 from kdscale.errors import ConfigError, ModelError
-from kdscale.evaluate.canary import run_canary, served_topk
 from kdscale.evaluate.plain import plain_logits
 from kdscale.evaluate.quality import NO_SUMS, Quality, label_sums, quality, share_of
 from kdscale.evaluate.views import AnyView, TargetSources, View, teachers_of, view_of
@@ -36,8 +34,7 @@ from kdscale.metrics import MetricsFile, StepMetrics
 from kdscale.mirror import Mirror, mirror_of
 from kdscale.stream.filling import Filling
 from kdscale.stream.protocol import Access
-from kdscale.stream.source import TeacherSource
-from kdscale.stream.whole import needs_no_teacher
+from kdscale.student.canaries import check_canaries, not_checked
 from kdscale.student.keeping import Keeping
 from kdscale.student.layers import LayerLoss
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
@@ -132,7 +129,9 @@ class StudentJob:
         section, pair = self._config.alignment, self._pair
         if section.method is None or pair is None:
             return None
-        vocabularies = Vocabularies.of(pair.matches, pair.vocab_size, self._setup.teacher.meaning.vocab_size, self._device)
+        vocabularies = Vocabularies.of(
+            pair.matches, pair.vocab_size, self._setup.teacher.meaning.vocab_size, self._device
+        )
         return Alignment(section.method, section.unmatched_weight, vocabularies)
 
     @property
@@ -292,33 +291,13 @@ class StudentJob:
     # ---- checks and measures ----
 
     def _canary(self, batch: Batch, source: TargetSources, heads: Mapping[str, Head]) -> str:
-        """Rank 0 compares served and plain targets of every teacher; the line for the summary."""
-        batch = batch.asked
-        rows = self._config.evaluate.canary_rows
+        """Rank 0's line for the summary."""
         if self._rank != 0:
             return ""
-        if not self._has_teacher:
-            return "not checked: no teacher (targets.source = none)"
-        if rows == 0:
-            return "not checked: evaluate.canary_rows = 0"
-        if self._config.targets.payload == "sampled" and needs_no_teacher(self._config.targets):
-            return "not checked: samples on disk tell no log-probabilities"
+        if (why := not_checked(self._config)) is not None:
+            return why
         self._phase("checking the served teacher against a plain forward")
-        lines = {name: self._canary_of(batch, name, one, heads.get(name)) for name, one in teachers_of(source).items()}
-        return lines.get(ALONE) or "; ".join(f"{name}: {line}" for name, line in lines.items())
-
-    def _canary_of(self, batch: Batch, name: str, source: TeacherSource, head: Head | None) -> str:
-        config, known = self._config, self._setup.teachers[name]
-        teacher, rows = config.named_teachers[name], config.evaluate.canary_rows
-        directory = model_here(Path(known.directory), teacher.model, known.meaning.teacher)
-        gib = sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 2**30
-        if gib > config.evaluate.canary_max_gib:
-            return f"not checked: the teacher's files are {gib:.1f} GiB, above evaluate.canary_max_gib"
-        dtype = process.resolve_dtype(teacher.dtype, self._device)
-        served = served_topk(batch.cut(slice(0, rows)), config.target_spec(0), source, head)
-        return run_canary(
-            batch.cut(slice(0, rows)), served, directory, known.meaning.vocab_size, dtype, config.task
-        ).line()
+        return check_canaries(self._config, self._setup.teachers, batch, source, heads, self._device)
 
     def _held_out(self, corpus: RunCorpus) -> list[Batch]:
         """This rank's share of the held-out rows; every rank runs the same number of forwards."""

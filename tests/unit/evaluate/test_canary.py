@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from kdscale.errors import CanaryError
-from kdscale.evaluate.canary import compare
+from kdscale.evaluate.canary import TOLERANCE, compare
 from tests.targets import topk_of_logits
 
+EXACT = TOLERANCE[torch.float32]
 LOGITS = 3 * torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
 
 
 def test_equal_targets_pass():
-    report = compare(topk_of_logits(LOGITS, 16), torch.log_softmax(LOGITS, -1), torch.float32)
+    report = compare(topk_of_logits(LOGITS, 16), torch.log_softmax(LOGITS, -1), EXACT)
     assert report.num_tokens == 40
     assert report.top1_agreement == 1
     assert report.max_logp_difference < 1e-5
@@ -26,12 +27,12 @@ def test_equal_targets_pass():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_targets_of_something_else_end_the_run(served: torch.Tensor, dtype: torch.dtype):
     with pytest.raises(CanaryError, match="the served teacher differs from a plain forward"):
-        compare(topk_of_logits(served, 16), torch.log_softmax(LOGITS, -1), dtype)
+        compare(topk_of_logits(served, 16), torch.log_softmax(LOGITS, -1), TOLERANCE[dtype])
 
 
 def test_a_near_tie_among_few_examples_is_no_fault():
     tied = torch.tensor([[1.0, 1.001, -2.0], [3.0, 0.0, 0.0]])
     other = torch.tensor([[1.001, 1.0, -2.0], [3.0, 0.0, 0.0]])
-    assert compare(topk_of_logits(tied, 3), torch.log_softmax(other, -1), torch.float32).top1_agreement == 0.5
+    assert compare(topk_of_logits(tied, 3), torch.log_softmax(other, -1), EXACT).top1_agreement == 0.5
     with pytest.raises(CanaryError):
-        compare(topk_of_logits(tied.repeat(20, 1), 3), torch.log_softmax(other.repeat(20, 1), -1), torch.float32)
+        compare(topk_of_logits(tied.repeat(20, 1), 3), torch.log_softmax(other.repeat(20, 1), -1), EXACT)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kdscale.batch import DenseTargets, SampledTargets, SoftTargets, TokenBatch
 from kdscale.errors import CoverageError, IdentityError
-from kdscale.evaluate.quality import HIDDEN, quality_sums, teacher_view
+from kdscale.evaluate.quality import HIDDEN, NO_SUMS, quality_sums, teacher_view
 from kdscale.evaluate.views import view_of
 from kdscale.spec import TargetSpec
 from kdscale.stream.combining import Mixture, Routed, mixed
@@ -208,7 +208,7 @@ def test_held_out_quality_is_against_each_documents_teacher_and_the_mixture(teac
 
     routed = Routed(sources, 2)
     sums = view_of(batches, routed, heads, 2, device).sums(student, heads["left"])
-    expected = torch.zeros(7, dtype=torch.float64)
+    expected = NO_SUMS.clone()
     for name, source in sources.items():
         whole = quality_sums(student, heads["left"], teacher_view(batches, source, heads[name], 2, device))
         mine = [torch.from_numpy(routed.shares(one)[name].places) for one in batches]

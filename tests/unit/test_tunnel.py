@@ -123,14 +123,14 @@ def test_keys_of_others_are_refused_by_name(doors: Doors):
 
 def test_silent_and_many_connections_keep_nobody_out(doors: Doors, monkeypatch: pytest.MonkeyPatch):
     """A crowd that says nothing, larger than what may wait: ours get in at once, and the crowd is gone in time."""
-    monkeypatch.setattr(tunnel, "_ADMIT_S", 1.0)
+    monkeypatch.setattr(tunnel, "_ADMIT_S", 5.0)
     crowd = [socket.create_connection(doors.exit.address, 10) for _ in range(4 * tunnel._WAITING)]
     began = time.monotonic()
     assert say(doors.enter().address, b"ours") == b"ours"
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5, "it waited for the crowd to be sent away"
     assert doors.service.guests == 1
     for guest in crowd:
-        guest.settimeout(10)
+        guest.settimeout(20)
         with contextlib.suppress(ConnectionResetError):
             assert guest.recv(1) == b""
         guest.close()

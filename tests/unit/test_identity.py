@@ -121,6 +121,14 @@ def test_another_student_cannot_be_allowed(fields: dict[str, Any]):
     assert "--allow-changed" not in str(refusal.value)
 
 
+def test_another_tokenizer_makes_another_student():
+    found = changes({"student_tokenizer": "a"}, {"student_tokenizer": "b"})
+    with pytest.raises(
+        CheckpointError, match=r"student_tokenizer \(the content of alignment.tokenizer\): checkpoint 'a', now 'b'"
+    ):
+        go_on(found, allowed=("student_tokenizer",))
+
+
 def test_adapters_that_are_not_there_have_no_settings():
     """A checkpoint from before there were adapters is one of a student without."""
     assert "student.lora" not in settings(config())

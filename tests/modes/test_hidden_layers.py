@@ -41,17 +41,18 @@ def test_from_inside_the_teacher(tmp_path: Path, teacher_dir: Path, text_dir: Pa
     config = write_config(tmp_path, teacher_dir, text_dir, **sections)
     log, runs, out = tmp_path / "log", tmp_path / "runs", tmp_path / "out"
 
-    process = start("train", str(config), "run.name=live", log=log)
-    wait_for_step(runs / "live", 7, process, log)
+    # Live, which fills a recording; then from that, killed and gone on with: the same numbers.
+    sources = {name: (f"targets.source={name}", f"targets.recording={out}") for name in ("live+record", "recording")}
+    assert run("train", str(config), "run.name=live", *sources["live+record"], log=log) == 0, log.read_text()
+    assert (out / "MANIFEST.json").exists()
+    killed = ("train", str(config), "run.name=killed", *sources["recording"])
+    process = start(*killed, log=log)
+    wait_for_step(runs / "killed", 7, process, log)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert_nothing_left(within_s=15)
-    assert not (runs / "live" / "summary.json").exists()
-    assert run("train", str(config), "run.name=live", log=log) == 0, log.read_text()
-    for name, source in (("filling", "live+record"), ("recorded", "recording")):
-        given = [f"run.name={name}", f"targets.source={source}", f"targets.recording={out}"]
-        assert run("train", str(config), *given, log=log) == 0, log.read_text()
-        assert (out / "MANIFEST.json").exists()
+    assert not (runs / "killed" / "summary.json").exists()
+    assert run(*killed, log=log) == 0, log.read_text()
 
     steps = measured(runs / "live")
     assert len(steps) == 24
@@ -59,11 +60,10 @@ def test_from_inside_the_teacher(tmp_path: Path, teacher_dir: Path, text_dir: Pa
     weights = trained(runs / "live", 24)
     projections = {name: one for name, one in weights.items() if name.startswith("loss.layers.")}
     assert [list(one.shape) for one in projections.values()] == [[32, 16]] * 3
-    for name in ("filling", "recorded"):
-        assert measured(runs / name) == steps, name
-        again = trained(runs / name, 24)
-        assert again.keys() == weights.keys()
-        assert all(torch.equal(one, again[key]) for key, one in weights.items()), name
+    assert measured(runs / "killed") == steps
+    again = trained(runs / "killed", 24)
+    assert again.keys() == weights.keys()
+    assert all(torch.equal(one, again[name]) for name, one in weights.items())
 
     summary = json.loads((runs / "live" / "summary.json").read_text())
     assert summary["layer_loss"] == steps[-1][2]
@@ -81,6 +81,7 @@ def test_from_inside_the_teacher(tmp_path: Path, teacher_dir: Path, text_dir: Pa
 
     # Other layers are another student.
     log.unlink()
-    assert run("train", str(config), "run.name=live", "loss.layers.pairs={1: 1}", log=log) == 1
+    other = ("run.name=killed", *sources["recording"], "loss.layers.pairs={1: 1}")
+    assert run("train", str(config), *other, log=log) == 1
     assert "loss.layers.pairs: checkpoint {'0': 0, '1': 2, '2': 3}, now {'1': 1}" in log.read_text()
     assert_nothing_left()

@@ -62,6 +62,8 @@ def cluster(settings: ClusterSection, asks: list[Ask], temp_dir: str | None) -> 
                 _temp_dir=temp_dir,
                 logging_level=logging.WARNING,
                 log_to_driver=True,
+                # Ray starts a worker for each CPU beforehand; ranks have environments of their own and would use none.
+                _system_config={"prestart_worker_first_driver": False},
             )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise PlacementError(f"cannot join or start Ray (cluster.address = {settings.address}): {error}") from error

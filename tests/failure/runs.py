@@ -39,7 +39,17 @@ def config_of(tmp_path: Path, teacher_dir: Path, text_dir: Path, **sections: dic
 
 def ranks_of(actor: str) -> list[psutil.Process]:
     """Living processes of an actor class, the oldest first."""
-    return sorted(marked_running(f"ray::{actor}"), key=lambda process: process.create_time())
+    found = {process.pid: process for process in marked_running(f"ray::{actor}")}
+    # A child has its parent's name until it is what it was started for.
+    ranks = [process for process in found.values() if parent_of(process) not in found]
+    return sorted(ranks, key=lambda process: process.create_time())
+
+
+def parent_of(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return None
 
 
 def trained(run_directory: Path) -> list[tuple[int, str, float]]:

@@ -83,10 +83,12 @@ def steps(run_directory: Path) -> list[int]:
 
 
 def wait_for_step(run_directory: Path, step: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + 180
+    deadline, last = time.monotonic() + 180, 0
     while not (done := steps(run_directory)) or done[-1] < step:
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, f"step {step} was not reached:\n{log.read_text()}"
+        if done and done[-1] != last:
+            deadline, last = time.monotonic() + 180, done[-1]
+        assert time.monotonic() < deadline, f"no progress behind step {last}, on the way to {step}:\n{log.read_text()}"
         time.sleep(0.1)
 
 

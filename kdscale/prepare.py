@@ -136,7 +136,8 @@ def _reader(config: RunConfig, directory: Path, teacher: Tokenizer) -> AnyReader
     pair = load_reader(config.task, config.data, config.alignment, directory)
     assert isinstance(pair, TokenizerPair)
     require_exportable(pair.student, f"alignment.tokenizer = {path}")
-    assert len(pair.matches)
+    # Raises where the two have no token in common.
+    _ = pair.matches
     if (model := _model_with_tokenizer(config)) is not None:
         # An exported student keeps a SentencePiece model as it was.
         files = [str(model / "tokenizer.model")] if (model / "tokenizer.model").is_file() else []

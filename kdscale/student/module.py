@@ -60,31 +60,13 @@ class HeadWithLoss(nn.Module):
         assert self._next is not None, "expect() comes before every forward with labels"
         objective, targets = self._next
         self._next = None
+        student = (hidden_TD, self.weight, self.bias, self.spec, labels_T)
+        chunk_bytes, teacher = self._chunk_bytes, self.teacher_head
         if isinstance(targets, AlignedTargets):
             assert self.alignment is not None
-            return aligned_loss(
-                hidden_TD,
-                self.weight,
-                self.bias,
-                self.spec,
-                labels_T,
-                targets,
-                objective,
-                self.alignment,
-                chunk_bytes=self._chunk_bytes,
-                teacher_head=self.teacher_head,
-            )
-        return fused_loss(
-            hidden_TD,
-            self.weight,
-            self.bias,
-            self.spec,
-            labels_T,
-            targets,
-            objective,
-            chunk_bytes=self._chunk_bytes,
-            teacher_head=self.teacher_head,
-        )
+            beside = (targets, objective, self.alignment)
+            return aligned_loss(*student, *beside, chunk_bytes=chunk_bytes, teacher_head=teacher)
+        return fused_loss(*student, targets, objective, chunk_bytes=chunk_bytes, teacher_head=teacher)
 
 
 class StudentModule(nn.Module):

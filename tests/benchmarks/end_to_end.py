@@ -360,8 +360,7 @@ def main() -> None:
         work = Path(temporary)
         print("preparing batches and targets", file=sys.stderr)
         heldout = make_inputs(work)
-        names = ["live", "ready", "plain", *(["trl", "trl-liger"] if arguments.peers else [])]
-        names = [name for name in names if not arguments.only or name in arguments.only]
+        names = arguments.only or ["live", "ready", "plain", *(["trl", "trl-liger"] if arguments.peers else [])]
         python = {"trl": arguments.peers, "trl-liger": arguments.peers}
         sides = [Side(name, [name, "--work", temporary], python=python.get(name, sys.executable)) for name in names]
         teacher = served_teacher(work)

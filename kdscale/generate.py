@@ -30,10 +30,9 @@ from kdscale.data.reading import RunCorpus
 from kdscale.data.tokenizer import Tokenizer
 from kdscale.durable import sync_directory, write_durably
 from kdscale.engine.directories import load_config
-from kdscale.engine.generation import Continuation, Prompt
 from kdscale.errors import ConfigError, DataError, IdentityError
 from kdscale.prepare import Prepared, corpus_of, prepare
-from kdscale.spec import Sampling
+from kdscale.spec import Continuation, Prompt, Sampling
 from kdscale.start import Job, Stopped, place, replica_setup
 from kdscale.stream.recording import differences
 from kdscale.teacher.author import Author

@@ -8,9 +8,10 @@ from kdscale.config.schema import RunConfig
 from kdscale.data.pairs import TokenizerPair
 from kdscale.data.reading import load_reader
 from kdscale.engine.checkpoint import verify
+from kdscale.engine.described import student_pixels
 from kdscale.engine.directories import resolve_model
 from kdscale.engine.export import load_checkpoint_weights, write_model
-from kdscale.engine.models import build_student, student_pixels
+from kdscale.engine.models import build_student
 from kdscale.errors import CheckpointError
 from kdscale.mirror import find
 

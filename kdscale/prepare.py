@@ -15,14 +15,20 @@ from kdscale.data.pairs import TokenizerPair
 from kdscale.data.reading import AnyReader, RunCorpus, load_reader, read_corpus
 from kdscale.data.tokenizer import Tokenizer, load_tokenizer, require_exportable
 from kdscale.data.trial import require_sound
-from kdscale.engine import classifiers
 from kdscale.engine.checkpoint import Checkpoint
+from kdscale.engine.cuttable import require_pipeline_family
+from kdscale.engine.described import (
+    class_names,
+    classifier_config,
+    head_width,
+    num_classes,
+    require_family,
+    require_layers,
+    student_pixels,
+)
 from kdscale.engine.directories import load_config, model_digest, resolve_model
-from kdscale.engine.families import require_pipeline_family
-from kdscale.engine.layers import require_layers
-from kdscale.engine.models import classifier_config, student_pixels
+from kdscale.engine.fragments import Index
 from kdscale.engine.settings import check_settings, student_dtype
-from kdscale.engine.shards import Shards
 from kdscale.errors import CheckpointError, IdentityError, ModelError
 from kdscale.stream.protocol import Known, Meaning
 
@@ -89,7 +95,7 @@ def _meaning(directory: Path, tokenizer: Tokenizer) -> Meaning:
 
 def _prepare_classifier(config: RunConfig, directory: Path) -> Prepared:
     teacher = load_config(directory)
-    classifiers.require_family(config.task, teacher, f"teacher.model = {config.teacher.model}")
+    require_family(config.task, teacher, f"teacher.model = {config.teacher.model}")
     student = classifier_config(config.student, directory, config.task)
     reader = load_reader(config.task, config.data, config.alignment, directory)
     assert not isinstance(reader, TokenizerPair)
@@ -103,13 +109,13 @@ def _prepare_classifier(config: RunConfig, directory: Path) -> Prepared:
     meaning = Meaning(
         teacher=model_digest(directory),
         tokenizer=reader.fingerprint,
-        vocab_size=classifiers.num_classes(teacher),
-        hidden_size=classifiers.head_width(teacher),
+        vocab_size=num_classes(teacher),
+        hidden_size=head_width(teacher),
         task=config.task,
         input_size=input_size,
     )
     known = Known(str(directory.absolute()), meaning)
-    return Prepared({ALONE: known}, reader, classifiers.class_names(teacher))
+    return Prepared({ALONE: known}, reader, class_names(teacher))
 
 
 def _require_room(config: RunConfig, models: dict[str, PretrainedConfig], num_ids: int) -> None:
@@ -217,7 +223,7 @@ def require_resumable(config: RunConfig, checkpoint: Checkpoint | None, identity
             f"{checkpoint.directory} was written after {checkpoint.step} steps and train.steps = {config.train.steps};"
             " raise train.steps, name an earlier checkpoint with --resume, or start over with --resume never"
         )
-    Shards(checkpoint.directory)
+    Index(checkpoint.directory)
     then = {name: value for name, value in checkpoint.identity.items() if name in identity or name != "corpus"}
     if (dtype := student_dtype(config)) != "auto":
         then, identity = then | {"student.dtype": checkpoint.notes["dtype"]}, identity | {"student.dtype": dtype}

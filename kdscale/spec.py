@@ -12,6 +12,7 @@ SEPARABLE: tuple[DivergenceName, ...] = DIVERGENCES[:6]
 """Sums over outcomes: these can be had over K kept entries and a tail as well."""
 LayerDistance = Literal["mse", "cosine"]
 """Between hidden states of a student's layer and of a teacher's; ``losses.layers`` defines each."""
+Finish = Literal["end", "stop", "length"]
 Task = Literal["language-modelling", "sequence-classification", "image-classification"]
 """What a position is: a token, or a whole text or image. What is predicted there: the next token, or the class."""
 Payload = Literal["topk", "sampled", "hidden", "dense"]
@@ -83,3 +84,19 @@ class Sampling:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    ids: tuple[int, ...]
+    """At least one."""
+    number: int
+    """The continuation's draws follow from it and the seed, not from what stands beside it in a batch."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    ids: tuple[int, ...]
+    """Without the end token."""
+    finish: Finish
+    """end: an end token; stop: the text to stop at has come (it is the caller's to cut); length: ``new_tokens`` were too few."""

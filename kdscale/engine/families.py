@@ -4,77 +4,18 @@ R = rows, L = columns, D = hidden size. What goes from module to module is (hidd
 restart with every document, so masks and rotary embeddings are made from them, wherever a stage begins.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from kdscale.config.sections import StudentSection
-from kdscale.engine.directories import load_config, resolve_model
+from kdscale.engine.cuttable import Family, family_of
 from kdscale.errors import ModelError
 
 Activations = tuple[torch.Tensor, torch.Tensor]
 """(hidden [R, L, D], positions [R, L]); before the embedding (ids [R, L], positions [R, L])."""
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Where a family keeps its parts under ``model.base_model``, and how its layers attend."""
-
-    attention: Literal["full", "window", "by_layer"] = "full"
-    """full: causal; window: causal, sliding where ``config.sliding_window`` is set; by_layer: ``config.layer_types``."""
-    embedding: str = "embed_tokens"
-    layers: str = "layers"
-    norm: str = "norm"
-    rotary: str | None = "rotary_emb"
-    rotary_by_kind: bool = False
-    """Whether full and sliding layers turn by other frequencies."""
-    places: str | None = None
-    """Learned position embedding."""
-    dropout: str | None = None
-
-
-_FAMILIES = {
-    "llama": _Family(),
-    "mistral": _Family(attention="window"),
-    "mixtral": _Family(attention="window"),
-    "qwen2": _Family(attention="by_layer"),
-    "qwen3": _Family(attention="by_layer"),
-    "qwen3_moe": _Family(attention="window"),
-    "gemma2": _Family(attention="by_layer"),
-    "gemma3_text": _Family(attention="by_layer", rotary_by_kind=True),
-    "gpt2": _Family(embedding="wte", layers="h", norm="ln_f", rotary=None, places="wpe", dropout="drop"),
-    "gpt_neox": _Family(embedding="embed_in", norm="final_layer_norm", dropout="emb_dropout"),
-}
-"""By ``model_type``; each is compared with plain transformers in the tests."""
-
-
-def require_pipeline_family(student: StudentSection, teacher_directory: Path) -> None:
-    """Raises: ModelError for a student that cannot be cut into stages, before any weight is read."""
-    model_type: str | None
-    match student.init:
-        case "teacher_layers":
-            model_type = load_config(teacher_directory).model_type
-        case "model":
-            assert student.model is not None
-            model_type = load_config(resolve_model(student.model)).model_type
-        case "config":
-            assert student.config is not None
-            model_type = student.config.get("model_type")
-    _family(model_type)
-
-
-def _family(model_type: str | None) -> _Family:
-    if model_type not in _FAMILIES:
-        raise ModelError(
-            f"student.parallel.pipeline: a model of type {model_type} cannot be cut into stages; supported are"
-            f" {', '.join(_FAMILIES)}. Use student.parallel.pipeline=1 with data ranks"
-        )
-    return _FAMILIES[model_type]
 
 
 def in_sequence(model: PreTrainedModel) -> list[nn.Module]:
@@ -86,7 +27,7 @@ def in_sequence(model: PreTrainedModel) -> list[nn.Module]:
         ModelError: a family that is not on the list, or bidirectional attention.
     """
     config = model.config
-    family = _family(config.model_type)
+    family = family_of(config.model_type)
     if getattr(config, "use_bidirectional_attention", False):
         raise ModelError("use_bidirectional_attention = true is no causal language model; it cannot be cut into stages")
 
@@ -106,7 +47,7 @@ def in_sequence(model: PreTrainedModel) -> list[nn.Module]:
     ]
 
 
-def _attention_kinds(family: _Family, config: PretrainedConfig) -> list[str]:
+def _attention_kinds(family: Family, config: PretrainedConfig) -> list[str]:
     match family.attention:
         case "by_layer":
             return list(config.layer_types)

@@ -1,8 +1,6 @@
 """Continuations by a causal language model: batched, with a cache of keys and values, in lockstep over the ranks of ZeRO-3."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,27 +17,10 @@ from transformers import (
 )
 
 from kdscale.engine.attention import attend_by_kernel
-from kdscale.spec import Sampling
+from kdscale.spec import Continuation, Prompt, Sampling
 
-Finish = Literal["end", "stop", "length"]
 _TAIL_TOKENS = 16
 """Of a continuation, are looked at for a text that stops it, beyond the tokens the text itself may take."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    ids: tuple[int, ...]
-    """At least one."""
-    number: int
-    """The continuation's draws follow from it and the seed, not from what stands beside it in a batch."""
-
-
-@dataclass(frozen=True)
-class Continuation:
-    ids: tuple[int, ...]
-    """Without the end token."""
-    finish: Finish
-    """end: an end token; stop: the text to stop at has come (it is the caller's to cut); length: ``new_tokens`` were too few."""
 
 
 @torch.no_grad()

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from kdscale.config.sections import StudentSection
@@ -17,6 +16,7 @@ from kdscale.data.images import Pixels
 from kdscale.data.pairs import TokenizerPair
 from kdscale.engine import classifiers
 from kdscale.engine.attention import attend_by_document
+from kdscale.engine.described import classifier_config, config_of_fields, require_family
 from kdscale.engine.directories import load_config, resolve_model, weight_files
 from kdscale.engine.lora import add_adapters
 from kdscale.engine.respell import respell
@@ -41,7 +41,7 @@ def load_causal_lm(directory: str | Path, dtype: torch.dtype) -> PreTrainedModel
 def load_model(directory: str | Path, dtype: torch.dtype, task: Task) -> PreTrainedModel:
     """A pretrained model from safetensors. Raises: ModelError."""
     if task != "language-modelling":
-        classifiers.require_family(task, load_config(directory), str(directory))
+        require_family(task, load_config(directory), str(directory))
     try:
         model, info = _AUTO[task].from_pretrained(
             directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
@@ -98,39 +98,6 @@ def build_student(
     if config is None:
         require_known_head(model)
     return model
-
-
-def classifier_config(student: StudentSection, teacher_directory: Path, task: Task) -> PretrainedConfig:
-    """What a classifying student will be, before any weight is read. Raises: ModelError, IdentityError."""
-    teacher = load_config(teacher_directory)
-    own = None
-    match student.init:
-        case "teacher_layers":
-            own = teacher
-        case "model":
-            assert student.model is not None
-            own = load_config(resolve_model(student.model))
-    config = classifiers.student_config(student, own, teacher)
-    classifiers.require_family(task, config, f"student.init = {student.init}")
-    return config
-
-
-def student_pixels(student: StudentSection, teacher_directory: Path, task: Task) -> Pixels | None:
-    """How the student reads images; none where it reads text. Raises: ModelError."""
-    if task != "image-classification":
-        return None
-    own = resolve_model(student.model) if student.init == "model" and student.model is not None else teacher_directory
-    return Pixels.load(own, settings_of=teacher_directory)
-
-
-def config_of_fields(fields: dict[str, Any]) -> PretrainedConfig:
-    """A transformers config from a mapping with ``model_type``. Raises: ModelError."""
-    if "model_type" not in fields:
-        raise ModelError("student.config has no model_type; name a transformers family, for instance llama")
-    try:
-        return AutoConfig.for_model(**fields)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise ModelError(f"student.config is not usable: {error}") from error
 
 
 def from_fields(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:

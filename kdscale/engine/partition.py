@@ -8,7 +8,7 @@ number of ranks, another stage or another pipeline can read what it needs.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,12 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
+from kdscale.engine.fragments import Fragment, Place
 from kdscale.engine.sharding import gathered
 from kdscale.engine.training import Engine
 from kdscale.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Place = list[str | int]
-"""A file in the checkpoint's shards, and the keys that lead to a tensor (or a state) in it."""
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Elements ``[start, start + numel)`` of a flattened parameter, from ``offset`` on in a slot."""
-
-    name: str
-    """The parameter's, in the student itself."""
-    shape: list[int]
-    """Of the whole parameter."""
-    start: int
-    numel: int
-    slot: int
-    offset: int
-    master: Place
-    """Of the slot's float32 weights."""
-    state: Place
-    """Of its ``{step, exp_avg, exp_avg_sq}``."""
 
 
 def digest(parameter: nn.Parameter) -> str:

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from kdscale.engine.capture import SHARDS, install
+from kdscale.engine.capture import install
 from kdscale.engine.checkpoint import Checkpoint
+from kdscale.engine.fragments import SHARDS
 from kdscale.engine.partition import MOMENTS, Partition
 from kdscale.engine.process import any_rank
 from kdscale.engine.randomness import set_random_state, state_file

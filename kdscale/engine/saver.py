@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from kdscale import log
-from kdscale.engine.capture import SHARDS, install
+from kdscale.engine.capture import install
 from kdscale.engine.environment import environment
+from kdscale.engine.fragments import SHARDS
 from kdscale.engine.manifest import Layout, key_of
 from kdscale.engine.process import sum_over_ranks, text_of_ranks
 from kdscale.engine.randomness import random_state, state_file

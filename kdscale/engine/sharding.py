@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -33,6 +34,10 @@ class InferenceModel:
             attend_by_document(model)
         self.model: PreTrainedModel = model if self._keep_alive else model.to(device)  # type: ignore[arg-type]
         self.model.eval()
+        if self._keep_alive and (blocks := getattr(model, "_no_split_modules", None)):
+            # A block's weights come by one collective instead of one for each of its parameters. Where a collective is as dear
+            # as a block of a small model (gloo), a forward takes half the time.
+            set_z3_leaf_modules(model, sorted(blocks), raise_if_not_found=False)
         # One rank needs no engine: stage 0 leaves the module as it is.
         self.engine = deepspeed.initialize(model=self.model, config=settings)[0] if self._keep_alive else None
 

@@ -1,74 +1,23 @@
 """A checkpoint's master weights and optimizer states by parameter, whichever ranks wrote them. One parameter at a time."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdscale.engine.capture import SHARDS, load_shard
-from kdscale.engine.partition import Fragment, Place
+from kdscale.engine.capture import load_shard
+from kdscale.engine.fragments import SHARDS, Fragment, Index, Place
 from kdscale.errors import CheckpointError
 
 
-def index_file(rank: int) -> str:
-    """Where a rank's fragments are listed, inside the checkpoint."""
-    return f"index-{rank}.json"
-
-
-def index_files(rank: int, index: dict[str, Any]) -> dict[str, bytes]:
-    """What ``Partition.describe`` gave, as a file of the checkpoint: its content by its path."""
-    return {index_file(rank): json.dumps(index).encode()}
-
-
-@dataclass(frozen=True)
-class _Listed:
-    """What the ranks list of one parameter."""
-
-    shape: list[int]
-    fragments: list[Fragment]
-
-
-class Shards:
+class Shards(Index):
     """The trained parameters of a checkpoint, by the student's own names."""
 
     def __init__(self, directory: Path) -> None:
-        """``directory`` holds a verified checkpoint. Raises: CheckpointError for one without an index."""
-        self._directory = directory
+        """See ``Index``. Raises: CheckpointError."""
+        super().__init__(directory)
         self._files: dict[str, Any] = {}
-        self.by_rank: list[dict[str, Any]] = []
-        """Each rank's index."""
-        try:
-            while (path := directory / index_file(len(self.by_rank))).is_file():
-                self.by_rank.append(json.loads(path.read_text()))
-            self.frozen: dict[str, str] = {}
-            self._listed: dict[str, _Listed] = {}
-            for index in self.by_rank:
-                self.frozen |= index["frozen"]
-                for fields in index["fragments"]:
-                    self._add(Fragment(**fields))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{directory}: the index of its shards cannot be read: {error!r}") from error
-        if not self.by_rank:
-            raise CheckpointError(
-                f"{directory} has no {index_file(0)}: an earlier version of kdscale wrote it; go on from it with that"
-                " version, on the same ranks"
-            )
-
-    def _add(self, fragment: Fragment) -> None:
-        listed = self._listed.setdefault(fragment.name, _Listed(fragment.shape, []))
-        # Without ZeRO every rank lists all of it.
-        if all((fragment.start, fragment.numel) != (other.start, other.numel) for other in listed.fragments):
-            listed.fragments.append(fragment)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._listed)
-
-    def shape(self, name: str) -> list[int]:
-        return self._listed[name].shape
 
     def read(self, name: str, key: str) -> torch.Tensor:
         """A whole parameter in float32: its master weight (``master``) or a moment (``exp_avg``, ``exp_avg_sq``).
@@ -76,7 +25,7 @@ class Shards:
         Raises:
             CheckpointError: the ranks' fragments don't make it whole.
         """
-        listed = self._listed[name]
+        listed = self.listed[name]
         whole = torch.empty(listed.shape, dtype=torch.float32)
         flat, done = whole.view(-1), 0
         for fragment in sorted(listed.fragments, key=lambda one: one.start):
@@ -89,20 +38,20 @@ class Shards:
                 flat[done : done + fragment.numel - known].copy_(part[known:])
                 done += fragment.numel - known
         if done != flat.numel():
-            raise CheckpointError(f"{self._directory}: {key} of {name} is not whole; it ends after {done} elements")
+            raise CheckpointError(f"{self.directory}: {key} of {name} is not whole; it ends after {done} elements")
         return whole
 
     def optimizer_steps(self) -> float:
         """Steps that AdamW's bias correction counts. Raises: CheckpointError where slots differ."""
-        states = [self._at(one.state) for listed in self._listed.values() for one in listed.fragments]
+        states = [self._at(one.state) for listed in self.listed.values() for one in listed.fragments]
         found = {float(state["step"]) for state in states}
         if len(found) != 1:
-            raise CheckpointError(f"{self._directory}: the optimizer's steps differ: {sorted(found)}")
+            raise CheckpointError(f"{self.directory}: the optimizer's steps differ: {sorted(found)}")
         return found.pop()
 
     def counters(self) -> dict[str, int]:
         """DeepSpeed's own counts: global_steps, global_samples, skipped_steps."""
-        file = min((self._directory / SHARDS).glob("*mp_rank_*_model_states.pt"))
+        file = min((self.directory / SHARDS).glob("*mp_rank_*_model_states.pt"))
         state = self._file(file.name)
         return {name: int(state[name]) for name in ("global_steps", "global_samples", "skipped_steps")}
 
@@ -118,12 +67,12 @@ class Shards:
             for key in keys:
                 found = found[key]
         except (KeyError, IndexError, TypeError) as error:
-            raise CheckpointError(f"{self._directory / SHARDS / str(file)} holds no {keys}: {error!r}") from error
+            raise CheckpointError(f"{self.directory / SHARDS / str(file)} holds no {keys}: {error!r}") from error
         return found
 
     def _file(self, name: str) -> Any:
         if name not in self._files:
-            self._files[name] = load_shard(self._directory / SHARDS / name, mapped=True)
+            self._files[name] = load_shard(self.directory / SHARDS / name, mapped=True)
         return self._files[name]
 
 

@@ -10,6 +10,7 @@ import torch
 from kdscale.batch import Batch, ExampleBatch
 from kdscale.engine import classifiers
 from kdscale.engine.attention import attend_by_document
+from kdscale.engine.described import pixels_of
 from kdscale.engine.models import load_model
 from kdscale.spec import Task
 
@@ -22,7 +23,7 @@ def plain_logits(
     model = load_model(directory, dtype, task).eval()
     model.to(device)  # type: ignore[arg-type]
     if isinstance(batch, ExampleBatch):
-        return classifiers.plain_logits(model, batch, classifiers.pixels_of(directory, task), device)
+        return classifiers.plain_logits(model, batch, pixels_of(directory, task), device)
     if device.type == "cpu":
         # The same roundings on both sides: what is compared is the weights, to the last bit.
         attend_by_document(model)

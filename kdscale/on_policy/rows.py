@@ -13,9 +13,9 @@ from kdscale.data.corpus import Split
 from kdscale.data.loader import Order, stack
 from kdscale.data.packing import build_row
 from kdscale.data.prompts import prompts_in
-from kdscale.engine.generation import Continuation, Prompt
 from kdscale.errors import DataError
 from kdscale.on_policy.schedule import Plan
+from kdscale.spec import Continuation, Prompt
 
 _HELDOUT_FIRST = 1 << 40
 """Number of the first held-out prompt: no step's prompts have such numbers, so none has its draws."""

@@ -13,8 +13,8 @@ from kdscale.stream.protocol import Meaning
 if TYPE_CHECKING:
     import torch
 
-    from kdscale.engine.generation import Prompt
     from kdscale.on_policy.rows import Written
+    from kdscale.spec import Prompt
 
 _POLL_S = 0.02
 

@@ -16,13 +16,13 @@ from kdscale.data.pairs import TokenizerPair
 from kdscale.data.reading import RunCorpus, load_reader, make_loader, read_corpus
 from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
-from kdscale.engine.classifiers import class_names
+from kdscale.engine.described import class_names, student_pixels
 from kdscale.engine.directories import load_config, model_here
 from kdscale.engine.export import write_model
-from kdscale.engine.models import build_student, student_pixels
+from kdscale.engine.fragments import index_files
+from kdscale.engine.models import build_student
 from kdscale.engine.saver import Saver
 from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
-from kdscale.engine.shards import index_files
 from kdscale.errors import ConfigError, ModelError
 from kdscale.evaluate.plain import plain_logits
 from kdscale.evaluate.quality import NO_SUMS, Quality, label_sums, quality, share_of

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kdscale.config.layers import LayersSection
-from kdscale.engine.layers import PROJECTED, blocks_of, width_of
+from kdscale.engine.described import width_of
+from kdscale.engine.layers import PROJECTED, blocks_of
 from kdscale.losses.layers import layer_distance
 
 

@@ -8,9 +8,8 @@ from ray.util.placement_group import PlacementGroup
 from kdscale import log
 from kdscale.cluster.restarts import Restarts
 from kdscale.config.sections import GenerateSection
-from kdscale.engine.generation import Continuation, Prompt
 from kdscale.errors import TeacherError
-from kdscale.spec import Sampling
+from kdscale.spec import Continuation, Prompt, Sampling
 from kdscale.teacher.replica import ReplicaSetup
 from kdscale.teacher.service import TeacherReplica
 

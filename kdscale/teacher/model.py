@@ -11,7 +11,8 @@ import torch
 from kdscale.batch import Batch, ExampleBatch, SoftTargets, TokenBatch
 from kdscale.data.images import Pixels
 from kdscale.engine.classifiers import PassThrough, is_classifier
-from kdscale.engine.layers import blocks_of, caught_layers, num_layers
+from kdscale.engine.described import num_layers
+from kdscale.engine.layers import blocks_of, caught_layers
 from kdscale.engine.models import head_of, hidden_states, set_head
 from kdscale.engine.sharding import InferenceModel, gathered
 from kdscale.errors import ModelError, PayloadError

@@ -19,7 +19,7 @@ from kdscale.teacher.counters import Beat, Counters
 
 if TYPE_CHECKING:
     from kdscale.data.tokenizer import Tokenizer
-    from kdscale.engine.generation import Continuation, Prompt
+    from kdscale.spec import Continuation, Prompt
     from kdscale.stream.server import TargetServer
     from kdscale.teacher.rank import RankScorer
 
@@ -82,7 +82,7 @@ class TeacherRank:
         import psutil
 
         from kdscale.engine import process
-        from kdscale.engine.classifiers import pixels_of
+        from kdscale.engine.described import pixels_of
         from kdscale.engine.directories import model_here
         from kdscale.engine.settings import teacher_settings
         from kdscale.engine.sharding import InferenceModel

@@ -26,7 +26,7 @@ class Sequencer:
     def __init__(self, ranks: int, max_batch_tokens: int, *, one_request: bool = False) -> None:
         self._queues: list[deque[tuple[int, int]]] = [deque() for _ in range(ranks)]
         self._max_batch_tokens = max_batch_tokens
-        self._one_request = one_request
+        self.one_request = one_request
         self._next_number = 0
         self._next_rank = 0
 
@@ -43,7 +43,7 @@ class Sequencer:
         """Deal the next forward; none when nothing waits."""
         if not self.waiting:
             return None
-        shares = self._one() if self._one_request else tuple(self._share(requests) for requests in self._queues)
+        shares = self._one() if self.one_request else tuple(self._share(requests) for requests in self._queues)
         forward = Forward(self._next_number, shares)
         self._next_number += 1
         return forward

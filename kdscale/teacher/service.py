@@ -18,7 +18,7 @@ from kdscale.teacher.counters import NOTHING_YET, Beat, Counters
 from kdscale.teacher.replica import ReplicaSetup, TeacherRank
 
 if TYPE_CHECKING:
-    from kdscale.engine.generation import Continuation, Prompt
+    from kdscale.spec import Continuation, Prompt
 
 _LOG = log.get(__name__)
 _BEAT_S = 0.5

@@ -16,12 +16,12 @@ from kdscale.config.sections import LoraSection
 from kdscale.data.loader import Loader
 from kdscale.engine import checkpoint, process
 from kdscale.engine.export import load_checkpoint_weights
+from kdscale.engine.fragments import index_files
 from kdscale.engine.lora import add_adapters
 from kdscale.engine.models import freeze
 from kdscale.engine.restore import restore
 from kdscale.engine.saver import Saver
 from kdscale.engine.settings import batch_cut, student_settings, topology_of
-from kdscale.engine.shards import index_files
 from kdscale.metrics import StepMetrics
 from kdscale.spec import TargetSpec
 from kdscale.student.layout import DataParallelStudent, PipelineStudent

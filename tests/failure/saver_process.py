@@ -20,10 +20,10 @@ import torch
 
 from kdscale.engine import process
 from kdscale.engine.checkpoint import find
+from kdscale.engine.fragments import index_files
 from kdscale.engine.partition import Partition
 from kdscale.engine.restore import restore
 from kdscale.engine.saver import Saver
-from kdscale.engine.shards import index_files
 from kdscale.engine.training import Engine, training_engine
 
 # Making an engine imports these, two seconds in each child if the parent has not.

@@ -7,7 +7,8 @@ import torch
 
 from kdscale.config.sections import StudentSection
 from kdscale.engine.classifiers import _HEADS, PassThrough, example_tensors
-from kdscale.engine.models import build_student, classifier_config, head_of, hidden_states, load_model, set_head
+from kdscale.engine.described import classifier_config
+from kdscale.engine.models import build_student, head_of, hidden_states, load_model, set_head
 from kdscale.errors import IdentityError, ModelError
 from kdscale.head import head_logits
 from tests.classes import CLASSIFIERS, PIXELS, example_batch, make_classifier, save_classifier, task_of

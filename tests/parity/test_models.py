@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from kdscale.batch import TokenBatch
 from kdscale.config.sections import StudentSection
 from kdscale.data.loader import Loader
+from kdscale.engine.cuttable import require_pipeline_family
 from kdscale.engine.directories import model_digest, resolve_model
-from kdscale.engine.families import in_sequence, require_pipeline_family
+from kdscale.engine.families import in_sequence
 from kdscale.engine.models import (
     base_hidden,
     build_student,

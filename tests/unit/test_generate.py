@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from kdscale.config.sections import GenerateSection
-from kdscale.engine.generation import Continuation, Prompt
 from kdscale.errors import DataError, IdentityError
 from kdscale.generate import Writing, line, prompts_of
+from kdscale.spec import Continuation, Prompt
 from tests.unit.data.test_prompts import EOS, Documents, plain
 
 

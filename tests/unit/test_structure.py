@@ -103,6 +103,15 @@ def test_config_loads_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_driver_starts_without_models():
+    """Ranks import transformers' models and DeepSpeed; they would double what a driver takes to start."""
+    code = (
+        "import sys, kdscale.driver;"
+        "sys.exit(any(name in sys.modules for name in ('deepspeed', 'transformers.modeling_utils', 'torch._dynamo')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_every_option_is_read():
     """An option that nothing reads is a promise nobody keeps."""
     from kdscale.config.schema import RunConfig

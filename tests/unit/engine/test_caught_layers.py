@@ -7,7 +7,8 @@ import torch
 
 from kdscale.config.layers import LayersSection
 from kdscale.config.sections import StudentSection
-from kdscale.engine.layers import blocks_of, caught_layers, num_layers, require_layers
+from kdscale.engine.described import num_layers, require_layers
+from kdscale.engine.layers import blocks_of, caught_layers
 from kdscale.engine.models import base_hidden
 from kdscale.errors import ConfigError, ModelError
 from tests.conftest import FAMILIES, make_model

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdscale.engine.attention import attend_by_document
-from kdscale.engine.generation import Continuation, Prompt, write_on
-from kdscale.spec import Sampling
+from kdscale.engine.generation import write_on
+from kdscale.spec import Continuation, Prompt, Sampling
 
 CPU = torch.device("cpu")
 PROMPTS = [Prompt((5, 9, 3), 0), Prompt((7,), 1), Prompt((11, 4, 8, 2, 6), 2)]

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdscale.engine.capture import SHARDS, load_shard
-from kdscale.engine.partition import Fragment, digest
-from kdscale.engine.shards import Shards, index_file, index_files, require_same_frozen
+from kdscale.engine.capture import load_shard
+from kdscale.engine.fragments import SHARDS, Fragment, index_file, index_files
+from kdscale.engine.partition import digest
+from kdscale.engine.shards import Shards, require_same_frozen
 from kdscale.errors import CheckpointError
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)

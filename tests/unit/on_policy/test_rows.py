@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdscale.config.on_policy import OnPolicySection
-from kdscale.engine.generation import Continuation, Prompt
 from kdscale.errors import DataError
 from kdscale.on_policy.rows import Prompts, Written, batch_of, from_tensors, heldout_prompts, to_tensors, written
 from kdscale.on_policy.schedule import Plan
+from kdscale.spec import Continuation, Prompt
 from tests.unit.data.test_prompts import EOS, Documents, plain
 
 TOKENS = st.lists(st.integers(0, 99), min_size=1, max_size=6).map(tuple)

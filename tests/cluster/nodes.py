@@ -96,7 +96,12 @@ def three_nodes(scratch: Path) -> Iterator[Nodes]:
 def config_of(tmp_path: Path, teacher_dir: Path, text_dir: Path, nodes: Nodes, **sections: dict[str, Any]) -> Path:
     fields: dict[str, dict[str, Any]] = {
         "run": {"deterministic": True},
-        "teacher": {"placement": "strict_spread", "nodes": {"role": "teacher"}, "restart_wait_seconds": 0.2},
+        "teacher": {
+            "ranks": 2,
+            "placement": "strict_spread",
+            "nodes": {"role": "teacher"},
+            "restart_wait_seconds": 0.2,
+        },
         "student": {"parallel": {"data": 2}, "nodes": {"role": "!teacher"}},
         "train": {"steps": 40, "batch_rows": 4, "micro_rows": 2, "schedule": "constant"},
         "stream": {"network": NETWORK, "give_up_seconds": 60},

@@ -87,7 +87,9 @@ def test_a_job_saves_on_sigterm_and_goes_on_with_other_students(
     slurm: dict[str, str], tmp_path: Path, teacher_dir: Path, text_dir: Path
 ):
     train = {"steps": 4000, "micro_rows": 1, "schedule": "constant"}
-    config = write_config(tmp_path, teacher_dir, text_dir, train=train, student={"parallel": {"data": 2}})
+    config = write_config(
+        tmp_path, teacher_dir, text_dir, train=train, teacher={"ranks": 2}, student={"parallel": {"data": 2}}
+    )
     log, directory = tmp_path / "log", tmp_path / "runs" / "tiny"
     log.touch()
 

@@ -85,7 +85,7 @@ def test_submitted_runs_train_and_go_on(cluster: dict[str, str], tmp_path: Path,
     token = Path(cluster["RAY_AUTH_TOKEN_PATH"])
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     files = {"KDSCALE_FILES": str(tmp_path)}
-    with uploaded(write_config(tmp_path, teacher_dir, text_dir)) as name:
+    with uploaded(write_config(tmp_path, teacher_dir, text_dir, teacher={"ranks": 2})) as name:
         code, text = shell("launch/submit.sh", name, "run.dir=here", "train.steps=6", env=cluster | files)
         assert code == 0, text
         assert "step 6/6" in text

@@ -41,6 +41,7 @@ class Served:
             tmp_path,
             teacher_dir,
             text_dir,
+            teacher={"ranks": 2},
             train={"steps": 4000, "micro_rows": 1, "schedule": "constant"},
             checkpoint={"mirror": f"file://{tmp_path}/mirror"},
             cluster={"grace_seconds": GRACE_S},

@@ -50,6 +50,7 @@ def test_whole_run(tmp_path: Path, teacher_dir: Path, text_dir: Path):
         tmp_path,
         teacher_dir,
         text_dir,
+        teacher={"ranks": 2},
         student={"layers": [0, 3], "parallel": {"data": 2}},
         train={"steps": 40, "batch_rows": 8, "micro_rows": 2, "lr": 1e-3},
         deepspeed={"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
@@ -109,13 +110,13 @@ def test_interrupted_and_killed_runs_go_on(tmp_path: Path, teacher_dir: Path, te
         teacher_dir,
         text_dir,
         run={"deterministic": True},
-        train={"steps": 240, "batch_rows": 4, "micro_rows": 2},
-        checkpoint={"every_steps": 25},
+        train={"steps": 90, "batch_rows": 4, "micro_rows": 2},
+        checkpoint={"every_steps": 10},
     )
     log, directory = tmp_path / "log", tmp_path / "runs" / "tiny"
 
     process = start("train", str(config), log=log)
-    wait_for_step(directory, 30, process, log)
+    wait_for_step(directory, 12, process, log)
     second = subprocess.run([*KDSCALE, "train", str(config)], capture_output=True, text=True, timeout=60, check=False)
     assert second.returncode == 1
     assert "another process works on" in second.stderr
@@ -126,10 +127,10 @@ def test_interrupted_and_killed_runs_go_on(tmp_path: Path, teacher_dir: Path, te
     assert_nothing_left()
     saved = newest(directory / "checkpoints")
     assert saved is not None
-    assert saved.step == steps(directory)[-1] > 29, "the stop itself saved"
+    assert saved.step == steps(directory)[-1] > 11, "the stop itself saved"
 
     process = start("train", str(config), log=log)
-    wait_for_step(directory, saved.step + 30 + moments.randrange(25), process, log)
+    wait_for_step(directory, saved.step + 12 + moments.randrange(10), process, log)
     time.sleep(moments.uniform(0, 0.1))
     (driver,) = marked_running("kdscale.driver")
     driver.kill()
@@ -138,16 +139,16 @@ def test_interrupted_and_killed_runs_go_on(tmp_path: Path, teacher_dir: Path, te
     assert newest(directory / "checkpoints").step > saved.step
 
     process = start("train", str(config), log=log)
-    wait_for_step(directory, saved.step + 70 + moments.randrange(25), process, log)
+    wait_for_step(directory, saved.step + 35 + moments.randrange(10), process, log)
     time.sleep(moments.uniform(0, 0.1))
     process.kill()
     process.wait()
     assert_nothing_left(within_s=15)
 
     assert run("train", str(config), log=log) == 0, log.read_text()
-    assert steps(directory) == list(range(1, 241))
+    assert steps(directory) == list(range(1, 91))
     summary = json.loads((directory / "summary.json").read_text())
-    assert summary["steps"] == 240
+    assert summary["steps"] == 90
     assert summary["kl_after"] < summary["kl_before"]
     assert summary["changes_on_resume"] == []
     assert "going on from step" in log.read_text()
@@ -182,7 +183,7 @@ def assert_same_numbers(one: Path, other: Path) -> None:
 
 def test_served_teacher(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     """`kdscale teacher` in one place, `kdscale train --teacher-endpoints` in another; labels-only beside it."""
-    config = write_config(tmp_path, teacher_dir, text_dir)
+    config = write_config(tmp_path, teacher_dir, text_dir, teacher={"ranks": 2})
     endpoints, log, teacher_log = tmp_path / "teacher.json", tmp_path / "log", tmp_path / "teacher.log"
     teacher = start("teacher", str(config), "--write", str(endpoints), log=teacher_log)
     wait_for_file(endpoints, teacher, teacher_log)
@@ -204,7 +205,10 @@ def test_served_teacher(tmp_path: Path, teacher_dir: Path, text_dir: Path):
 def test_served_teacher_over_tls(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     """The access file alone holds the secrets; who lacks its certificates gets nothing, and a plain teacher is refused."""
     config = write_config(
-        tmp_path, teacher_dir, text_dir, train={"steps": 4}, stream={"tls": "always", "give_up_seconds": 20}
+        *(tmp_path, teacher_dir, text_dir),
+        teacher={"ranks": 2},
+        train={"steps": 4},
+        stream={"tls": "always", "give_up_seconds": 20},
     )
     endpoints, log, teacher_log = tmp_path / "teacher.json", tmp_path / "log", tmp_path / "teacher.log"
     teacher = start("teacher", str(config), "--write", str(endpoints), log=teacher_log)

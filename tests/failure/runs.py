@@ -28,7 +28,7 @@ def config_of(tmp_path: Path, teacher_dir: Path, text_dir: Path, **sections: dic
     fields: dict[str, dict[str, Any]] = {
         "run": {"deterministic": True},
         "train": {"steps": 4000, "batch_rows": 4, "micro_rows": 2, "schedule": "constant"},
-        "teacher": {"restart_wait_seconds": 0.2},
+        "teacher": {"ranks": 2, "restart_wait_seconds": 0.2},
         "student": {"restart_wait_seconds": 0.2},
         "checkpoint": {"every_steps": 20},
         "evaluate": {"quality": False},

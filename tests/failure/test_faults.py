@@ -43,7 +43,7 @@ def test_unknown_key_exits_2_and_is_named():
 
 
 def test_show_starts_nothing_and_needs_no_torch(tmp_path: Path, teacher_dir: Path, text_dir: Path):
-    config = write_config(tmp_path, teacher_dir, text_dir, teacher={"replicas": 2})
+    config = write_config(tmp_path, teacher_dir, text_dir, teacher={"ranks": 2, "replicas": 2})
     done = subprocess.run([*KDSCALE, "show", str(config)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "2 replicas: ZeRO-3 over 2 ranks" in done.stdout
@@ -100,7 +100,7 @@ def test_dead_teacher_rank_ends_the_run_with_its_checkpoint_intact(tmp_path: Pat
         tmp_path,
         teacher_dir,
         text_dir,
-        teacher={"restarts": 0},
+        teacher={"ranks": 2, "restarts": 0},
         train={"steps": 2000, "batch_rows": 4, "micro_rows": 2},
         checkpoint={"every_steps": 20},
     )

@@ -23,7 +23,7 @@ def steps_of(directory: Path) -> list[dict]:
 
 
 def test_a_student_learns_across_tokenizers(tmp_path: Path, text_dir: Path):
-    """Two ranks of ZeRO-3 learn by GOLD from a remote, sharded teacher; killed and gone on with, bit for bit."""
+    """Two ranks of ZeRO-3 learn by GOLD from a remote teacher; killed and gone on with, bit for bit."""
     teacher = make_tokenizer(tmp_path / "teacher", every_byte=True)
     make_model("llama").save_pretrained(teacher)
     vocabulary = make_vocabulary(text_dir, tmp_path / "own.model")

@@ -15,7 +15,7 @@ SECTION = {"prompt_tokens": 6, "new_tokens": 24, "batch_rows": 3, "top_p": 0.9}
 
 def test_killed_and_gone_on_with_the_teacher_writes_the_same(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     """Two ranks of ZeRO-3 in lockstep; then a student trains on what they wrote, with soft targets."""
-    config = write_config(tmp_path, teacher_dir, text_dir, generate=SECTION)
+    config = write_config(tmp_path, teacher_dir, text_dir, teacher={"ranks": 2}, generate=SECTION)
     log, whole, halves = tmp_path / "log", tmp_path / "whole.jsonl", tmp_path / "halves.jsonl"
     assert run("generate", str(config), str(whole), log=log) == 0, log.read_text()
     lines = [json.loads(one) for one in whole.read_text().splitlines()]
@@ -44,7 +44,7 @@ def test_killed_and_gone_on_with_the_teacher_writes_the_same(tmp_path: Path, tea
 
 def test_a_lost_author_is_started_again(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     """A rank killed while it writes costs a restart, and no line."""
-    config = write_config(tmp_path, teacher_dir, text_dir, generate=SECTION | {"limit": 12})
+    config = write_config(tmp_path, teacher_dir, text_dir, teacher={"ranks": 2}, generate=SECTION | {"limit": 12})
     log, out, undisturbed = tmp_path / "log", tmp_path / "out.jsonl", tmp_path / "undisturbed.jsonl"
     process = start("generate", str(config), str(out), log=log)
     partial = tmp_path / "out.jsonl.partial"

@@ -33,6 +33,7 @@ def test_from_inside_the_teacher(tmp_path: Path, teacher_dir: Path, text_dir: Pa
     layers = {"pairs": {0: 0, 1: 2, 2: 3}, "distance": "cosine", "weight": 0.5}
     sections: dict[str, Any] = {
         "run": {"deterministic": True},
+        "teacher": {"ranks": 2},
         "student": {"init": "config", "layers": None, "config": narrow, "parallel": {"data": 2}},
         "loss": {"layers": layers},
         "train": {"steps": 24, "lr": 1e-2},

@@ -38,7 +38,6 @@ def test_each_document_has_its_teacher(tmp_path: Path, teacher_dir: Path):
         text,
         run={"deterministic": True},
         data={"teacher_column": "of"},
-        teacher={"ranks": 1},
         teachers={"main": "left", "default": "left", "others": {"right": {"model": str(other), "replicas": 2}}},
         student={"layers": [0, 3], "dtype": "float32"},
         # Their layers are nothing that the student could learn in so few steps.

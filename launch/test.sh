@@ -7,9 +7,11 @@ usage() {
 usage: bash launch/test.sh [PYTEST OPTION]...
 
 Installs what is missing, runs style and type checks, then every test: fast ones first, then those with real Ray clusters
-and several ranks. Options go to pytest, for instance: bash launch/test.sh -k packing
+and several ranks, two files at a time. Options go to pytest, for instance: bash launch/test.sh -k packing
 
-environment: see `bash launch/install.sh --help`
+environment:
+  KDSCALE_TEST_PROCESSES  how many files of tests run at a time (default: 2; each may have a cluster of three or four ranks)
+  others                  see `bash launch/install.sh --help`
 TEXT
 }
 
@@ -24,4 +26,18 @@ export PATH="$bin:$PATH"
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+
+# Ranks are nicer than fast tests, which would leave them no processor: the kinds run one after the other.
+found=0
+for kind in "not slow" "slow and not alone" "alone"; do
+  code=0
+  processes=0
+  [[ "$kind" == alone ]] || processes="${KDSCALE_TEST_PROCESSES:-2}"
+  python -m pytest -m "$kind" -n "$processes" --dist loadfile "$@" || code=$?
+  case "$code" in
+    0) found=1 ;;
+    5) echo "no test that is $kind" ;;  # pytest's word for an empty selection
+    *) exit "$code" ;;
+  esac
+done
+[[ "$found" == 1 ]]

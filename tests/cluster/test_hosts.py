@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -21,10 +22,10 @@ from tests.failure.runs import trained, wait_for_progress, wait_for_words
 from tests.runs import assert_nothing_left, finish, steps, wait_for_step
 
 ABSENT = missing()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(ABSENT), reason=ABSENT)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.skipif(bool(ABSENT), reason=ABSENT)]
 OUTAGE_S = 8.0
-STEPS = 80
-"""Of the job that strangers knock at, while it trains."""
+STEPS = 40
+"""Of the job whose links fail; the one that strangers knock at trains on until they are done."""
 KEY_FILE = ".checkpoint-key"
 
 
@@ -37,7 +38,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
 
 @dataclass
 class Job:
-    """The job when no link fails; strangers knock at its doors meanwhile."""
+    """The job when no link fails; strangers knock at its doors meanwhile, and then it is stopped."""
 
     losses: list[tuple[int, str, float]]
     """With steps and rows."""
@@ -53,7 +54,7 @@ class Job:
 def job(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, text_dir: Path) -> Job:
     tmp_path = tmp_path_factory.mktemp("job")
     log, directory = tmp_path / "log", tmp_path / "runs" / "tiny"
-    config = config_of(tmp_path, teacher_dir, text_dir, nodes, evaluate={"quality": True}, train={"steps": STEPS})
+    config = config_of(tmp_path, teacher_dir, text_dir, nodes, train={"steps": 4000})
     process = nodes.train(config, log=log)
     wait_for_step(directory, 1, process, log)
     assert [len(ranks("TeacherRank", host)) for host in nodes.all] == [1, 1, 0]
@@ -68,16 +69,12 @@ def job(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory, teacher_dir: Pat
     shown = {f"process {one.pid}": words_of(one) for host in nodes.all for one in processes(host)}
     before = steps(directory)[-1]
     strangers = nodes.strangers(directory / ACCESS_FILE, scratch=tmp_path)
-    assert process.poll() is None, log.read_text()
     steps_meanwhile = steps(directory)[-1] - before
     shown["ray list actors"] = nodes.ray("list", "actors", "--detail", scratch=tmp_path)
     assert "StudentRank" in shown["ray list actors"]
-    assert finish(process, log) == 0, log.read_text()
-
-    summary = json.loads((directory / "summary.json").read_text())
-    assert summary["canary"].startswith("ok: ")
-    assert min(summary["teacher_tokens_per_rank"]) > 0
-    assert summary["kl_after"] < summary["kl_before"]
+    wait_for_step(directory, STEPS, process, log)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, log, within_s=60) == 130, log.read_text()
     assert "not encrypted" not in log.read_text(), "Ray has TLS here"
     secrets["Ray's token"] = Path(nodes.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     secrets["Ray's key"] = Path(nodes.head.environment["RAY_TLS_SERVER_KEY"]).read_text().split("\n")[1]
@@ -98,7 +95,7 @@ def words_of(process: psutil.Process) -> str:
 
 
 def test_a_job_over_three_hosts(job: Job):
-    assert [step for step, _, _ in job.losses] == list(range(1, STEPS + 1))
+    assert [step for step, _, _ in job.losses] == list(range(1, len(job.losses) + 1))
 
 
 def test_strangers_open_none_of_its_doors(job: Job):
@@ -127,14 +124,18 @@ def test_a_link_fails_for_a_while(
 ):
     """First the students are cut off, then half of the teacher; each time the run goes on, and learns the same."""
     log, directory = tmp_path / "log", tmp_path / "runs" / "tiny"
-    config = config_of(tmp_path, teacher_dir, text_dir, nodes)
+    config = config_of(tmp_path, teacher_dir, text_dir, nodes, evaluate={"quality": True}, train={"steps": STEPS})
     process = nodes.train(config, log=log)
     for host in (nodes.third, nodes.second):
         wait_for_progress(directory, process, log)
         with host.unplugged():
             time.sleep(OUTAGE_S)
     assert finish(process, log) == 0, log.read_text()
-    assert trained(directory) == job.losses[:40]
+    assert trained(directory) == job.losses[:STEPS]
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["canary"].startswith("ok: ")
+    assert min(summary["teacher_tokens_per_rank"]) > 0
+    assert summary["kl_after"] < summary["kl_before"]
     assert "rebuilding replica-0 of the teacher" in log.read_text(), "half of it did not answer"
     assert "starting the student again" not in log.read_text(), "its heartbeat may be later than that"
     assert_ranks_gone(nodes)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kdscale.config.sections import StudentSection
-from kdscale.engine.classifiers import _HEADS, PassThrough, example_tensors
-from kdscale.engine.described import classifier_config
+from kdscale.engine.classifiers import PassThrough, example_tensors
+from kdscale.engine.described import CLASS_HEADS, classifier_config
 from kdscale.engine.models import build_student, head_of, hidden_states, load_model, set_head
 from kdscale.errors import IdentityError, ModelError
 from kdscale.head import head_logits
@@ -29,7 +29,7 @@ def alone(model, batch, family: str) -> torch.Tensor:
 
 
 def test_every_supported_family_is_compared():
-    assert {name for heads in _HEADS.values() for name in heads} == set(CLASSIFIERS)
+    assert {name for heads in CLASS_HEADS.values() for name in heads} == set(CLASSIFIERS)
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)

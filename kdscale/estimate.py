@@ -35,14 +35,14 @@ class ModelFiles:
 
     @property
     def largest_gathered(self) -> int | None:
-        """Elements of the largest layer or embedding: what ZeRO-3 holds whole at a time."""
+        """Elements that ZeRO-3 holds whole at a time: an embedding, or a layer and the buffer in which it comes."""
         if not self.tensors:
             return None
         groups: dict[str, int] = {}
         for name, elements in self.tensors.items():
             layer = _LAYER.search(name)
             key = f"layer {layer.group(1)}" if layer else name
-            groups[key] = groups.get(key, 0) + elements
+            groups[key] = groups.get(key, 0) + (2 * elements if layer else elements)
         return max(groups.values())
 
 

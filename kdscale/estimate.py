@@ -10,9 +10,9 @@ from typing import Any
 from kdscale.config.hardware import cpu_has_bfloat16
 from kdscale.config.schema import RunConfig
 from kdscale.config.sections import Dtype, StudentSection
-from kdscale.engine.settings import student_dtype
+from kdscale.engine.settings import GATHERED_AT_ONCE, student_dtype
 
-_LAYER = re.compile(r"\.(?:layers|layer|h|blocks)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,17 @@ class ModelFiles:
 
     @property
     def largest_gathered(self) -> int | None:
-        """Elements that ZeRO-3 holds whole at a time: an embedding, or a layer and the buffer in which it comes."""
+        """Elements that ZeRO-3 holds whole at a time: the largest embedding or layer, or twice a layer that comes at once (see
+        ``settings.GATHERED_AT_ONCE``)."""
         if not self.tensors:
             return None
         groups: dict[str, int] = {}
         for name, elements in self.tensors.items():
             layer = _LAYER.search(name)
             key = f"layer {layer.group(1)}" if layer else name
-            groups[key] = groups.get(key, 0) + (2 * elements if layer else elements)
-        return max(groups.values())
+            groups[key] = groups.get(key, 0) + elements
+        twice = [2 * size for key, size in groups.items() if key.startswith("layer ") and size <= GATHERED_AT_ONCE]
+        return max([*groups.values(), *twice])
 
 
 def read_model(name: str | None) -> ModelFiles:

@@ -20,11 +20,11 @@ from kdscale.engine.cuttable import require_pipeline_family
 from kdscale.engine.described import (
     class_names,
     classifier_config,
-    head_width,
     num_classes,
     require_family,
     require_layers,
     student_pixels,
+    width_of,
 )
 from kdscale.engine.directories import load_config, model_digest, resolve_model
 from kdscale.engine.fragments import Index
@@ -110,7 +110,7 @@ def _prepare_classifier(config: RunConfig, directory: Path) -> Prepared:
         teacher=model_digest(directory),
         tokenizer=reader.fingerprint,
         vocab_size=num_classes(teacher),
-        hidden_size=head_width(teacher),
+        hidden_size=width_of(teacher),
         task=config.task,
         input_size=input_size,
     )

@@ -1,4 +1,4 @@
-"""What a student asks a teacher for at each position, and what can be learned from it. No torch."""
+"""What a student asks a teacher for at each position, and what can be learned from it; what a model is to write. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +13,7 @@ SEPARABLE: tuple[DivergenceName, ...] = DIVERGENCES[:6]
 LayerDistance = Literal["mse", "cosine"]
 """Between hidden states of a student's layer and of a teacher's; ``losses.layers`` defines each."""
 Finish = Literal["end", "stop", "length"]
+"""Why a continuation ends; see ``Continuation``."""
 Task = Literal["language-modelling", "sequence-classification", "image-classification"]
 """What a position is: a token, or a whole text or image. What is predicted there: the next token, or the class."""
 Payload = Literal["topk", "sampled", "hidden", "dense"]
@@ -88,6 +89,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompt:
+    """What a continuation is written behind."""
+
     ids: tuple[int, ...]
     """At least one."""
     number: int
@@ -96,6 +99,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Continuation:
+    """What was written behind a prompt."""
+
     ids: tuple[int, ...]
     """Without the end token."""
     finish: Finish

@@ -7,7 +7,8 @@ usage() {
 usage: bash launch/test.sh [PYTEST OPTION]...
 
 Installs what is missing, runs style and type checks, then every test: fast ones first, then those with real Ray clusters
-and several ranks, two files at a time. Options go to pytest, for instance: bash launch/test.sh -k packing
+and several ranks, two files at a time. Options go to pytest, once for each kind of test, for instance:
+bash launch/test.sh -k packing
 
 environment:
   KDSCALE_TEST_PROCESSES  how many files of tests run at a time (default: 2; each may have a cluster of three or four ranks)
@@ -28,8 +29,8 @@ ruff format --check .
 mypy
 
 # Ranks are nicer than fast tests, which would leave them no processor: the kinds run one after the other.
-found=0
-for kind in "not slow" "slow and not alone" "alone"; do
+found=0 failed=0
+for kind in "not slow" "alone" "slow and not alone"; do
   code=0
   processes=0
   [[ "$kind" == alone ]] || processes="${KDSCALE_TEST_PROCESSES:-2}"
@@ -37,7 +38,8 @@ for kind in "not slow" "slow and not alone" "alone"; do
   case "$code" in
     0) found=1 ;;
     5) echo "no test that is $kind" ;;  # pytest's word for an empty selection
+    1) failed=1 ;;
     *) exit "$code" ;;
   esac
 done
-[[ "$found" == 1 ]]
+[[ "$failed" == 0 && "$found" == 1 ]]

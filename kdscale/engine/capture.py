@@ -21,7 +21,6 @@ from torch import nn
 
 from kdscale.errors import CheckpointError
 
-"""Directory of DeepSpeed's files inside a checkpoint; DeepSpeed's tag."""
 _ALLOWED = [LossScaler, ZeroStageEnum, fragment_address]
 """What DeepSpeed's files hold, or have held, besides tensors and plain values; nothing else is unpickled."""
 

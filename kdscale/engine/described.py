@@ -1,4 +1,4 @@
-"""Models by their config.json alone: what a teacher is and what a student will be, before any weight is read.
+"""Models by their config files alone: what a teacher is and what a student will be, before any weight is read.
 
 Nothing here imports transformers' models, which takes longer than all the rest of a driver's start.
 """
@@ -38,12 +38,6 @@ def require_family(task: Task, config: PretrainedConfig, name: str) -> None:
 
 def num_classes(config: PretrainedConfig) -> int:
     return len(class_names(config))
-
-
-def head_width(config: PretrainedConfig) -> int:
-    """Numbers that a family's head is given, D."""
-    width: int = config.get_text_config().hidden_size
-    return width
 
 
 def class_names(config: PretrainedConfig) -> tuple[str, ...]:
@@ -96,8 +90,6 @@ def _classifier_config(
             raise ModelError(
                 f"student.config.num_labels = {given}, and the teacher has {len(names)} classes; remove it"
             )
-        if "model_type" not in fields:
-            raise ModelError("student.config has no model_type; name a transformers family, for instance vit")
         inherited: dict[str, Any] = {
             "id2label": dict(enumerate(names)),
             "label2id": {name: n for n, name in enumerate(names)},
@@ -105,10 +97,7 @@ def _classifier_config(
         for name in ("image_size", "num_channels", "vocab_size", "pad_token_id"):
             if hasattr(teacher, name):
                 inherited[name] = getattr(teacher, name)
-        try:
-            own = AutoConfig.for_model(**(inherited | fields))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"student.config is not usable: {error}") from error
+        own = config_of_fields(inherited | fields)
     if num_classes(own) != len(names):
         raise ModelError(
             f"the student tells {num_classes(own)} classes apart, the teacher {len(names)}: soft targets are about the"
@@ -151,7 +140,7 @@ def num_layers(config: PretrainedConfig) -> int:
 
 
 def width_of(config: PretrainedConfig) -> int:
-    """Numbers of a hidden state, D."""
+    """Numbers of a hidden state, which is also what a head is given, D."""
     width: int = config.get_text_config().hidden_size
     return width
 

@@ -8,7 +8,7 @@ from typing import Any
 from kdscale.errors import CheckpointError
 
 SHARDS = "shards"
-"""The directory of DeepSpeed's own files, inside a checkpoint."""
+"""The directory of DeepSpeed's own files, inside a checkpoint; DeepSpeed's tag."""
 Place = list[str | int]
 """A file in the checkpoint's shards, and the keys that lead to a tensor (or a state) in it."""
 
@@ -55,13 +55,16 @@ class Index:
     def __init__(self, directory: Path) -> None:
         """``directory`` holds a verified checkpoint. Raises: CheckpointError for one without an index."""
         self.directory = directory
+        """Of the checkpoint."""
         self.by_rank: list[dict[str, Any]] = []
         """Each rank's index."""
         try:
             while (path := directory / index_file(len(self.by_rank))).is_file():
                 self.by_rank.append(json.loads(path.read_text()))
             self.frozen: dict[str, str] = {}
+            """Digests by name."""
             self.listed: dict[str, Listed] = {}
+            """By name."""
             for index in self.by_rank:
                 self.frozen |= index["frozen"]
                 for fields in index["fragments"]:

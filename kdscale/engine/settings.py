@@ -7,6 +7,9 @@ from kdscale.config.sections import Dtype, ParallelSection
 from kdscale.errors import ConfigError
 from kdscale.topology import BatchCut, Topology
 
+GATHERED_AT_ONCE = 1 << 26
+"""Elements of the largest block of a sharded teacher whose weights come by one collective: for a moment it stands twice in
+memory, in the buffer in which it comes and as what it is copied to. For larger ones the collectives are not what takes time."""
 _NEVER = 2**31  # kdscale prints the steps
 
 

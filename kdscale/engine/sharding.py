@@ -6,13 +6,14 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from kdscale.engine.attention import attend_by_document
 from kdscale.engine.models import load_model
+from kdscale.engine.settings import GATHERED_AT_ONCE
 from kdscale.spec import Task
 
 
@@ -34,10 +35,8 @@ class InferenceModel:
             attend_by_document(model)
         self.model: PreTrainedModel = model if self._keep_alive else model.to(device)  # type: ignore[arg-type]
         self.model.eval()
-        if self._keep_alive and (blocks := getattr(model, "_no_split_modules", None)):
-            # A block's weights come by one collective instead of one for each of its parameters. Where a collective is as dear
-            # as a block of a small model (gloo), a forward takes half the time.
-            set_z3_leaf_modules(model, sorted(blocks), raise_if_not_found=False)
+        if self._keep_alive:
+            _gather_by_block(model)
         # One rank needs no engine: stage 0 leaves the module as it is.
         self.engine = deepspeed.initialize(model=self.model, config=settings)[0] if self._keep_alive else None
 
@@ -47,6 +46,16 @@ class InferenceModel:
 
     def parameters_total(self) -> int:
         return sum(full_numel(parameter) for parameter in self.model.parameters())
+
+
+def _gather_by_block(model: PreTrainedModel) -> None:
+    """Let a block's weights come by one collective instead of one for each of its parameters: over gloo, a forward of a small
+    model takes half the time."""
+    # What transformers keeps on one device; tables are gathered alone, without a copy.
+    names = {name for name in model._no_split_modules or () if not name.endswith("Embeddings")}
+    for module in model.modules():
+        if type(module).__name__ in names and sum(map(full_numel, module.parameters())) <= GATHERED_AT_ONCE:
+            set_z3_leaf_module(module, True)
 
 
 def local_numel(parameter: nn.Parameter) -> int:

@@ -27,6 +27,7 @@ class Sequencer:
         self._queues: list[deque[tuple[int, int]]] = [deque() for _ in range(ranks)]
         self._max_batch_tokens = max_batch_tokens
         self.one_request = one_request
+        """Whether a forward holds exactly one."""
         self._next_number = 0
         self._next_rank = 0
 

@@ -100,7 +100,6 @@ def test_sorted_probabilities_from_a_recording(tmp_path: Path, text_dir: Path, t
         alignment={"method": "uld", "tokenizer": str(vocabulary)},
         targets={"payload": "hidden"},
         train={"steps": 8, "batch_rows": 4, "micro_rows": 2, "lr": 5e-3},
-        teacher={"ranks": 1, "model": str(teacher_dir)},
     )
     assert run("record", str(config), str(out), log=log) == 0, log.read_text()
     recorded = ["targets.source=recording", f"targets.recording={out}"]

@@ -18,7 +18,6 @@ STEPS = 24
 def config_of(tmp_path: Path, teacher_dir: Path, text_dir: Path, **sections: dict[str, Any]) -> Path:
     fields: dict[str, dict[str, Any]] = {
         "run": {"deterministic": True},
-        "teacher": {"ranks": 1},
         "train": {"steps": STEPS, "batch_rows": 4, "micro_rows": 1, "lr": 3e-3, "schedule": "constant"},
         "on_policy": {
             **{"fraction": 0.6, "refresh_steps": 3, "lag_steps": 2, "prompt_tokens": 6, "new_tokens": 16},

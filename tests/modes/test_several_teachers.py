@@ -80,7 +80,6 @@ def test_a_mixture_of_teachers_served_elsewhere(tmp_path: Path, teacher_dir: Pat
         tmp_path,
         teacher_dir,
         text_dir,
-        teacher={"ranks": 1},
         teachers={
             "combine": "mixture",
             "others": {"right": {"model": str(other)}},

@@ -52,17 +52,24 @@ class Filling:
     def fetch(self, batch: Batch, spec: TargetSpec) -> SoftTargets:
         if spec not in self._writers:
             return self._live.fetch(batch, spec)
-        if all(self._recording.holds(row, spec) for row in batch.rows()):
+        if self._holds(batch, spec):
             return self._recording.fetch(batch, spec)
         # In deterministic mode a row's targets must depend on nothing else.
         asked = batch.rows() if self._live.by_row else [batch]
         return SoftTargets.join([self._ask(one, spec) for one in asked])
 
+    def _holds(self, batch: Batch, spec: TargetSpec) -> bool:
+        return all(self._recording.holds(row, spec) for row in batch.rows())
+
     def _ask(self, batch: Batch, spec: TargetSpec) -> SoftTargets:
         with self._changed:
-            if self._stats is not None:
-                raise StreamError(f"batch {batch.number} has rows that were not recorded, and the teacher was let go")
-            self._asking += 1
+            asks = self._stats is None
+            self._asking += asks
+        if not asks:
+            # The teacher was let go since the recording was looked at; it has all rows by now, of other ranks too.
+            if self._holds(batch, spec):
+                return self._recording.fetch(batch, spec)
+            raise StreamError(f"batch {batch.number} has rows that were not recorded, and the teacher was let go")
         try:
             parts = self._live.fetch_batches(batch, spec)
             targets = SoftTargets.join([decode(part, spec, self._meaning.vocab_size) for part in parts])

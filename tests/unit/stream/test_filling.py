@@ -1,0 +1,53 @@
+"""Two ranks that keep what they ask for: what one has recorded is the other's too, whenever the teacher is let go."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdscale.batch import SoftTargets, TokenBatch
+from kdscale.errors import StreamError
+from kdscale.spec import TargetSpec
+from kdscale.stream.filling import Filling
+from kdscale.stream.recording import Provenance, begin
+from tests.served import Teacher, batch
+
+TOPK, HIDDEN = TargetSpec("topk", k=7), TargetSpec("hidden", encoding="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def teacher(teacher_dir: Path) -> Iterator[Teacher]:
+    teacher = Teacher(teacher_dir)
+    yield teacher
+    teacher.close()
+
+
+class Overtaken(Filling):
+    """Its teacher is let go between its look into the recording and its question."""
+
+    def _ask(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
+        self.let_go(5)
+        return super()._ask(batch, spec)
+
+
+def make(kind: type[Filling], teacher: Teacher, directory: Path, rank: int) -> Filling:
+    provenance = Provenance(teacher.meaning, corpus="text", rows="isolated 12", targets=TOPK)
+    begin(directory, provenance)
+    return kind(
+        teacher.source(), directory, provenance, meaning=teacher.meaning, row_tokens=12, heldout=HIDDEN, rank=rank
+    )
+
+
+def test_rows_of_another_rank_are_found_when_the_teacher_goes_meanwhile(teacher: Teacher, tmp_path: Path):
+    one, other = make(Filling, teacher, tmp_path, 0), make(Overtaken, teacher, tmp_path, 1)
+    rows = batch(rows=4)
+    asked = one.fetch(rows, TOPK)
+    one.flush()
+    for ours, theirs in zip(other.fetch(rows, TOPK).tensors(), asked.tensors(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    # What nobody has recorded cannot be had any more.
+    with pytest.raises(StreamError, match="batch 1 has rows that were not recorded, and the teacher was let go"):
+        other.fetch(batch(rows=2, seed=1), TOPK)
+    for filling in (one, other):
+        filling.close()

@@ -35,6 +35,8 @@ export PATH="$bin:$PATH"
 export RAY_AUTH_MODE=token
 export RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
 export RAY_API_SERVER_ADDRESS="${RAY_API_SERVER_ADDRESS:-http://127.0.0.1:8265}"
+# Steps are seen as they come, through a pipe and in a file too.
+export PYTHONUNBUFFERED=1
 files="${KDSCALE_FILES:-$PWD}"
 # What .gitignore names stays here too.
 upload='{"working_dir": ".", "excludes": ["/.git", "/recordings", "/tests"]}'

@@ -11,7 +11,8 @@ and several ranks, two files at a time. Options go to pytest, once for each kind
 bash launch/test.sh -k packing
 
 environment:
-  KDSCALE_TEST_PROCESSES  how many files of tests run at a time (default: 2; each may have a cluster of three or four ranks)
+  KDSCALE_TEST_PROCESSES  how many files of tests run at a time (default: 2; each may have a cluster of three or four ranks;
+                          0 runs them in pytest's own process, as --pdb needs)
   others                  see `bash launch/install.sh --help`
 TEXT
 }

@@ -82,6 +82,7 @@ def test_student_of_all_layers_is_its_teacher(family: str, tmp_path: Path):
         ("bert", {"config": {"model_type": "roberta"}}, ModelError, "type roberta is not supported.*bert, distilbert"),
         ("bert", {"config": {"model_type": "llama", "pad_token_id": None}}, ModelError, "no pad_token_id"),
         ("bert", {"config": {"hidden_size": 32}}, ModelError, "no model_type"),
+        ("bert", {"config": {"model_type": "bert", "hidden_size": "wide"}}, ModelError, "student.config is not usable"),
     ],
 )
 def test_students_that_do_not_fit_are_refused(family, section, error, message, tmp_path: Path):

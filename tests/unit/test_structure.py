@@ -104,7 +104,7 @@ def test_config_loads_without_torch():
 
 
 def test_the_driver_starts_without_models():
-    """Ranks import transformers' models and DeepSpeed; they would double what a driver takes to start."""
+    """Ranks import transformers' models and DeepSpeed, which a driver does not use and would start a third more slowly with."""
     code = (
         "import sys, kdscale.driver;"
         "sys.exit(any(name in sys.modules for name in ('deepspeed', 'transformers.modeling_utils', 'torch._dynamo')))"

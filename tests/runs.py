@@ -22,6 +22,8 @@ MARK = uuid.uuid4().hex
 TEMP = Path(tempfile.mkdtemp(prefix="kdt-", dir="/tmp"))
 """Where a run's temporary files are; the paths of Ray's sockets below it must stay short."""
 atexit.register(shutil.rmtree, TEMP, ignore_errors=True)
+PATIENCE_S = 400
+"""For what only has to come some time: how fast a machine is decides no test. Below pytest's own limit."""
 # Everything a test starts inherits this, so that other runs on the machine are none of its business.
 OURS = {"KDSCALE_TEST_SESSION": MARK, "TMPDIR": str(TEMP)}
 SHARED_MEMORY_BEFORE = set(os.listdir("/dev/shm"))
@@ -61,7 +63,7 @@ def start(*arguments: str, log: Path) -> "subprocess.Popen[bytes]":
         return subprocess.Popen([*KDSCALE, *arguments], stdout=out, stderr=subprocess.STDOUT, env=os.environ | OURS)
 
 
-def finish(process: "subprocess.Popen[bytes]", log: Path, *, within_s: float = 240) -> int:
+def finish(process: "subprocess.Popen[bytes]", log: Path, *, within_s: float = PATIENCE_S) -> int:
     """Its exit code; a process that does not end in time fails the test with its output."""
     try:
         return process.wait(timeout=within_s)
@@ -71,7 +73,7 @@ def finish(process: "subprocess.Popen[bytes]", log: Path, *, within_s: float = 2
         raise AssertionError(f"still running after {within_s} s:\n{log.read_text()}") from None
 
 
-def run(*arguments: str, log: Path, within_s: float = 240) -> int:
+def run(*arguments: str, log: Path, within_s: float = PATIENCE_S) -> int:
     return finish(start(*arguments, log=log), log, within_s=within_s)
 
 
@@ -83,17 +85,17 @@ def steps(run_directory: Path) -> list[int]:
 
 
 def wait_for_step(run_directory: Path, step: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline, last = time.monotonic() + 180, 0
+    deadline, last = time.monotonic() + PATIENCE_S, 0
     while not (done := steps(run_directory)) or done[-1] < step:
         assert process.poll() is None, log.read_text()
         if done and done[-1] != last:
-            deadline, last = time.monotonic() + 180, done[-1]
+            deadline, last = time.monotonic() + PATIENCE_S, done[-1]
         assert time.monotonic() < deadline, f"no progress behind step {last}, on the way to {step}:\n{log.read_text()}"
         time.sleep(0.1)
 
 
 def wait_for_file(path: Path, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not path.is_file():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, f"{path} was not written:\n{log.read_text()}"

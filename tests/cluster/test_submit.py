@@ -17,7 +17,7 @@ import pytest
 
 from kdscale.engine.checkpoint import newest
 from tests.failure.runs import config_of, ranks_of
-from tests.runs import OURS, assert_nothing_left, marked_running, steps, write_config
+from tests.runs import OURS, PATIENCE_S, assert_nothing_left, marked_running, steps, write_config
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def free_port() -> int:
         return port
 
 
-def shell(*command: str, env: dict[str, str], within_s: float = 240) -> tuple[int, str]:
+def shell(*command: str, env: dict[str, str], within_s: float = PATIENCE_S) -> tuple[int, str]:
     done = subprocess.run(
         ["bash", *command],
         cwd=ROOT,
@@ -114,7 +114,7 @@ def test_a_stopped_job_has_saved_and_goes_on(
         assert code == 0, text
         job = re.search(r"raysubmit_\w+", text)
         assert job is not None, text
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while not (done := steps(directory)) or done[-1] < 5:
             assert time.monotonic() < deadline, shell_ray("logs", job[0], env=cluster)
             time.sleep(0.2)

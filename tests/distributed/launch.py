@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 from kdscale.engine.process import Member
+from tests.runs import PATIENCE_S
 
 
-def run_ranks(module: str, world: int, *arguments: str, timeout_s: float = 300, killed: bool = False) -> None:
+def run_ranks(module: str, world: int, *arguments: str, timeout_s: float = PATIENCE_S, killed: bool = False) -> None:
     """Run ``-m module RANK WORLD PORT_FILE ARGUMENTS...`` on ``world`` processes; a failure shows that rank's output.
 
     With ``killed`` they must end by SIGKILL, all of them or the others by what they then see.

@@ -268,6 +268,9 @@ def a_failure_stops_where_it_must(ranks: Ranks) -> None:
     made, events = saving(ranks, lambda: 0.0, every_steps=1)
     with short_files(ranks):
         go_on(ranks, made, 3)
+        # The third is still being written; no process may end beside it.
+        with pytest.raises(CheckpointError, match=message):
+            made.finish()
     assert any("TRAINING GOES ON WITHOUT IT" in event.get("phase", "") for event in events)
     process.barrier()
 

@@ -46,7 +46,6 @@ CHAINS: dict[str, list[tuple[int, Case]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_other_ranks_go_on_with_the_same_numbers(tmp_path: Path):
     for group, world in enumerate(WORLDS):
         todo = [

@@ -15,7 +15,6 @@ from tests.runs import assert_nothing_left, finish, run, start, steps, wait_for_
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.timeout(1200)
 def test_whole_pipeline_run(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     """Two stages, interrupted and resumed; then `eval` and `export` on what it left; then the same data parallel."""
     config = write_config(

@@ -100,7 +100,6 @@ def test_whole_run(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     assert_nothing_left()
 
 
-@pytest.mark.timeout(1200)
 def test_interrupted_and_killed_runs_go_on(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     """SIGINT, then SIGKILL to the driver, then SIGKILL to the supervisor, at random moments: each start goes on where the
     last one saved, and what comes out is, bit for bit, what a run comes to that nothing interrupts."""

@@ -14,13 +14,13 @@ from kdscale.data.corpus import build_corpus
 from kdscale.data.loader import Loader
 from kdscale.data.tokenizer import load_tokenizer
 from kdscale.engine.settings import batch_cut
-from tests.runs import marked_running, steps, write_config
+from tests.runs import PATIENCE_S, marked_running, steps, write_config
 
 # Of a machine of two cores that runs the rest of the run as well.
 SLACK_S = 3.0
 NOTICE_S = 5.0 + SLACK_S
 # For what has no limit of its own: starting Ray and a group of ranks, on a machine that does much else.
-START_S = 240.0
+START_S = float(PATIENCE_S)
 
 
 def config_of(tmp_path: Path, teacher_dir: Path, text_dir: Path, **sections: dict[str, Any]) -> Path:

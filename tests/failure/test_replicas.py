@@ -58,7 +58,6 @@ def leave_nothing() -> Iterator[None]:
             process.kill()
 
 
-@pytest.mark.timeout(1500)  # Five starts of Ray in a row.
 def test_replicas_come_and_go_while_a_run_trains(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     config = config_of(
         tmp_path,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.failure.runs import ranks_of
-from tests.runs import assert_nothing_left, run, start, steps, wait_for_file, write_config
+from tests.runs import assert_nothing_left, finish, run, start, steps, wait_for_file, write_config
 
 pytestmark = pytest.mark.slow
 SECTION = {"prompt_tokens": 6, "new_tokens": 24, "batch_rows": 3, "top_p": 0.9}
@@ -53,7 +53,7 @@ def test_a_lost_author_is_started_again(tmp_path: Path, teacher_dir: Path, text_
         assert process.poll() is None, log.read_text()
         time.sleep(0.1)
     ranks[1].kill()
-    assert process.wait(timeout=240) == 0, log.read_text()
+    assert finish(process, log) == 0, log.read_text()
     assert "of the teacher is lost" in log.read_text()
     assert run("generate", str(config), str(undisturbed), log=log) == 0, log.read_text()
     assert out.read_bytes() == undisturbed.read_bytes()

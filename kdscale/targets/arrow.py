@@ -31,17 +31,23 @@ def plane(batch: pa.RecordBatch, name: str, dtype: str, width: int | None = None
     """Fixed-width column ``name`` as an array [rows] or [rows, width] over the batch's own memory: read-only."""
     column = batch.column(name)
     (raw,) = _regions(column)
-    flat = np.frombuffer(raw, dtype=dtype)
-    if not flat.flags.aligned:  # buffers may arrive so
-        flat = np.frombuffer(bytes(raw), dtype=dtype)
+    flat = _numbers(raw, dtype)
     return flat if width is None else flat.reshape(len(column), width)
 
 
 def rows_of_bytes(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Column ``name`` of unequal rows: (offsets int64 [rows + 1] from 0, bytes uint8), read-only."""
-    offsets, raw = (bytes(region) for region in _regions(batch.column(name)))
-    starts = np.frombuffer(offsets, np.int32).astype(np.int64)
-    return starts - starts[:1].sum(), np.frombuffer(raw, np.uint8)
+    """Column ``name`` of unequal rows: (offsets int32 [rows + 1] from 0, bytes uint8), read-only."""
+    offsets, raw = _regions(batch.column(name))
+    starts = _numbers(offsets, "<i4")
+    if len(starts) and starts[0]:
+        starts = starts - starts[0]
+    return starts, np.frombuffer(raw, np.uint8)
+
+
+def _numbers(raw: memoryview, dtype: str) -> np.ndarray:
+    flat = np.frombuffer(raw, dtype=dtype)
+    # Buffers may arrive unaligned.
+    return flat if flat.flags.aligned else np.frombuffer(bytes(raw), dtype=dtype)
 
 
 def check(batch: pa.RecordBatch, expected: pa.Schema) -> None:

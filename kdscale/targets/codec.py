@@ -6,6 +6,8 @@ a set of ids holds. Probabilities: float16 log-probabilities, one byte for the f
 between the row's two ends.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
 
@@ -26,6 +28,7 @@ _CODES = torch.arange(_FEW_LEVELS + 1, dtype=torch.float32)
 _LOG_OF_CODE = torch.from_numpy(
     np.log(np.maximum(np.arange(_LEVELS + 1), 0.5, dtype=np.float64) / _LEVELS).astype(np.float32) / np.float32(_ROOT)
 )
+_P_OF_CODE = _LOG_OF_CODE.exp().numpy()
 
 
 def pack_ids(ids: np.ndarray, vocab_size: int) -> list[np.ndarray]:
@@ -70,6 +73,11 @@ def encode_logp(logp: torch.Tensor) -> torch.Tensor:
 def decode_logp(codes: torch.Tensor) -> torch.Tensor:
     """Log-probabilities, float32, of ``encode_logp``'s codes: within 2 / code of the original for codes above 0."""
     return _LOG_OF_CODE.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+
+
+def decode_p(codes: np.ndarray) -> np.ndarray:
+    """Probabilities, float32, whose logarithms are ``decode_logp``'s."""
+    return _P_OF_CODE.take(codes)
 
 
 def pack_nibbles(values: np.ndarray) -> np.ndarray:
@@ -128,18 +136,20 @@ def pack_ragged(values: np.ndarray, count: np.ndarray, width: int) -> tuple[np.n
 def unpack_ragged(
     rows: tuple[np.ndarray, np.ndarray], width: int, dtype: str, most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 count [rows], integers of ``dtype``, one row's after the other's) of ``pack_ragged``.
+    """(int32 count [rows], integers of ``dtype``, one row's after the other's) of ``pack_ragged``.
 
     Raises:
         PayloadError: a row that is no whole number of values long, or longer than ``most``.
     """
     offsets, flat = rows
-    lengths = np.diff(offsets)
+    lengths = offsets[1:] - offsets[:-1]
     count = lengths // width
     whole = count.max(initial=0) <= most and bool((count * width == lengths).all())
     _require(whole, f"a row of entries is as long as no row of at most {most} is")
     if width == np.dtype(dtype).itemsize:
-        return count, flat.view(dtype)
+        values = flat.view(dtype)
+        # A column's bytes may begin anywhere.
+        return count, values if values.flags.aligned else values.copy()
     wide = np.zeros((len(flat) // width, np.dtype(dtype).itemsize), np.uint8)
     wide[:, :width] = flat.reshape(-1, width)
     return count, wide.view(dtype)[:, 0]
@@ -149,14 +159,14 @@ def lay_out(
     ids: np.ndarray, own: np.ndarray, count: np.ndarray, kept: np.ndarray, *, shared: bool
 ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """(ids int32 [T, K], weights float32 [T, K], float64 mass [T] of the weights given) from one row's values after the other's:
-    ``count[r]`` of ``ids`` and ``kept[r]`` of ``own`` (int64 [T]); K is the largest count, zeros stand behind a row's last.
+    ``count[r]`` of ``ids`` and ``kept[r]`` of ``own`` (int32 [T]); K is the largest count, zeros stand behind a row's last.
 
     ``shared``: entries without a weight share what the others leave; see ``kernels.draws``.
     """
     from kdscale.targets import kernels
 
     size = (len(count), int(count.max(initial=0)))
-    ids_TK, weights_TK = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.float32)
+    ids_TK, weights_TK = torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.float32)
     mass_T = np.empty(len(count), np.float64)
     kernels.draws(ids, own, count, kept, shared, ids_TK.numpy(), weights_TK.numpy(), mass_T)
     return ids_TK, weights_TK, mass_T
@@ -171,39 +181,51 @@ def encode_between(logp_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return root_TK.sub_(low_T).div_(step_T).round_().clamp_(0, _FEW_LEVELS).to(torch.uint8), ends_T2
 
 
-def decode_between(ends_T2: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities, float32 [T, 16], that each of the codes stands for between a row's ends: see ``encode_between``."""
-    low_T, step_T = _between(ends_T2)
-    return _CODES.mul(step_T).add_(low_T).log_().div_(_FLAT_ROOT)
+@cache
+def _levels_between() -> tuple[np.ndarray, np.ndarray]:
+    """(log-probabilities, probabilities), float32 [65536, 16], that each code stands for between ends ``(low, high)``, in row
+    ``256 low + high``: 4 MiB each, of which real rows use little, and no logarithm for every row that arrives."""
+    codes = torch.arange(_LEVELS + 1, dtype=torch.uint8)
+    low_T, step_T = _between(torch.cartesian_prod(codes, codes))
+    logp = _CODES.mul(step_T).add_(low_T).log_().div_(_FLAT_ROOT)
+    return logp.numpy(), logp.exp().numpy()
 
 
-def sum_levels(packed: np.ndarray, table_T16: torch.Tensor, count: int) -> torch.Tensor:
-    """Sum of what the ``count`` values of ``pack_nibbles`` in each row stand for in its row of the table: float32 [T]."""
-    from kdscale.targets import kernels
-
-    sums_T = torch.empty(len(packed), dtype=torch.float32)
-    kernels.sums_of_levels(_nibbles(packed, table_T16, count), table_T16.numpy(), count, sums_T.numpy())
-    return sums_T
-
-
-def unpack_levels(packed: np.ndarray, table_T16: torch.Tensor, count: int, first: np.ndarray) -> torch.Tensor:
-    """What the values stand for, float32 [T, count]; entry ``first[r]`` of row r and the one in front have changed places.
+def sum_between(packed: np.ndarray, ends: np.ndarray, count: int) -> torch.Tensor:
+    """Sum of the ``count`` probabilities that each row of ``encode_between``'s codes (as ``pack_nibbles`` leaves them) and ends
+    stands for: float32 [T].
 
     Raises:
-        PayloadError: ``first`` is none of the entries.
+        PayloadError: rows of another length.
     """
     from kdscale.targets import kernels
 
+    _require_nibbles(packed, ends, count)
+    sums_T = torch.empty(len(packed), dtype=torch.float32)
+    kernels.sums_of_levels(packed, ends, _levels_between()[1], count, sums_T.numpy())
+    return sums_T
+
+
+def decode_between(
+    packed: np.ndarray, ends: np.ndarray, excess_T: torch.Tensor, count: int, first: np.ndarray
+) -> torch.Tensor:
+    """The log-probabilities less ``excess_T`` (float32 [T]), at most 0: float32 [T, count]; entry ``first[r]`` of row r and the
+    one in front have changed places.
+
+    Raises:
+        PayloadError: rows of another length; ``first`` is none of the entries.
+    """
+    from kdscale.targets import kernels
+
+    _require_nibbles(packed, ends, count)
     _require_first(first, count)
     found_TK = torch.empty(len(packed), count, dtype=torch.float32)
-    kernels.levels(_nibbles(packed, table_T16, count), table_T16.numpy(), first, found_TK.numpy())
+    kernels.levels(packed, ends, _levels_between()[0], excess_T.numpy(), first, found_TK.numpy())
     return found_TK
 
 
-def _nibbles(packed: np.ndarray, table_T16: torch.Tensor, count: int) -> np.ndarray:
-    fits = packed.shape == (len(table_T16), -(-count // 2)) and table_T16.shape[1] == _FEW_LEVELS + 1
-    _require(fits, "rows of values are cut")
-    return packed
+def _require_nibbles(packed: np.ndarray, ends: np.ndarray, count: int) -> None:
+    _require(packed.shape == (len(ends), -(-count // 2)) and ends.shape[1:] == (2,), "rows of values are cut")
 
 
 def _require_first(first: np.ndarray, count: int) -> None:

@@ -16,11 +16,11 @@ from kdscale.targets.arrow import plane, rows_of_bytes
 from kdscale.targets.codec import (
     decode_between,
     decode_logp,
+    decode_p,
     dequantize_rows,
     lay_out,
-    sum_levels,
+    sum_between,
     unpack_ids,
-    unpack_levels,
     unpack_ragged,
     unpack_sorted,
 )
@@ -115,14 +115,13 @@ def _sorted(
     first = plane(batch, "first", count_dtype(k)).astype(np.int64)
     ids = unpack_sorted([low, bitmap], k, vocab_size, first)
     _refuse_ids(ids, vocab_size)
-    ends, tail_code = (torch.from_numpy(plane(batch, *one).copy()) for one in (("ends", "u1", 2), ("tail", "u1")))
+    ends, tail_code = plane(batch, "ends", "u1", 2), torch.from_numpy(plane(batch, "tail", "u1").copy())
     tail = decode_logp(tail_code) if k < vocab_size else torch.full(tail_code.shape, -torch.inf)
-    table_T16 = decode_between(ends)
     # Kept entries and tail are rounded alike: neither can be had from the other.
-    mass = sum_levels(value, table_T16.exp(), k) + tail.exp()
+    mass = sum_between(value, ends, k) + tail.exp()
     _refuse_mass(mass, _COARSE_MASS_EPS)
     excess = mass.log_()
-    logp = unpack_levels(value, table_T16.sub_(excess[:, None]).clamp_(max=0.0), k, first)
+    logp = decode_between(value, ends, excess, k, first)
     return torch.from_numpy(ids), logp, (tail - excess).clamp_(max=0.0)
 
 
@@ -137,14 +136,17 @@ def _decode_sampled(batch: pa.RecordBatch, labels_T: torch.Tensor, spec: TargetS
     _refuse(bool((kept > count).any()), "a position has more weights than entries")
     # Counts of draws, or probabilities.
     drawn = spec.sampler == "replacement"
-    own = raw.astype(np.float32) / np.float32(k) if drawn else _values(raw, spec).exp_().numpy()
+    if drawn:
+        own = raw.astype(np.float32) / np.float32(k)
+    else:
+        own = decode_p(raw) if spec.encoding == "uint8" else _values(raw, spec).exp_().numpy()
     ids_TK, weight_TK, mass_T = lay_out(raw_ids, own, count, kept, shared=not drawn)
     if drawn:
         _refuse_mass(torch.from_numpy(mass_T))
     else:
         _refuse((mass_T > 1 + _MASS_EPS).any(), "the kept mass of a position is above 1")
         _refuse(((mass_T == 0) & (kept == count)).any(), "the mass of a position does not add up to 1")
-    counts = (torch.from_numpy(count).int(), torch.from_numpy(kept).int())
+    counts = (torch.from_numpy(count), torch.from_numpy(kept))
     return SampledTargets(labels_T, ids_TK, weight_TK, *counts, _entropy(batch), spec.temperature)
 
 

@@ -37,6 +37,8 @@ def _compiled(*signatures: Any) -> Callable[[Function], Function]:
 
 
 _U1, _I4, _I8, _F4, _F8 = types.uint8, types.int32, types.int64, types.float32, types.float64
+_U8 = np.uint64
+"""Numbers without a sign: they are no index from the end, so what is found by one needs no second look."""
 
 
 @_compiled(types.void(_given(_I4, 2), _I8, _U1[:, ::1]))
@@ -49,6 +51,21 @@ def set_places(ids: np.ndarray, bits: int, bitmap: np.ndarray) -> None:
                 bitmap[r, place >> 3] |= 1 << (place & 7)
 
 
+@njit(inline="always")
+def _word(row: np.ndarray, start: int) -> np.uint64:
+    """Eight bytes from ``start``, the first one lowest, zeros behind the row's end."""
+    if start + 8 <= len(row):
+        # Written out, the compiler makes one load of it.
+        low = _U8(row[start]) | _U8(row[start + 1]) << _U8(8)
+        low |= _U8(row[start + 2]) << _U8(16) | _U8(row[start + 3]) << _U8(24)
+        high = _U8(row[start + 4]) << _U8(32) | _U8(row[start + 5]) << _U8(40)
+        return low | high | _U8(row[start + 6]) << _U8(48) | _U8(row[start + 7]) << _U8(56)
+    word = _U8(0)
+    for index in range(len(row) - start):
+        word |= _U8(row[start + index]) << _U8(8 * index)
+    return word
+
+
 @_compiled(types.boolean(_given(_U1, 2), _given(_U1, 2), _I8, _I8, _given(_I8, 1), _I4[:, ::1]))
 def sorted_ids(low: np.ndarray, bitmap: np.ndarray, bits: int, count: int, first: np.ndarray, ids: np.ndarray) -> bool:
     """Fill int32 ``ids`` [rows, count] from ``codec.pack_sorted``'s planes, entry ``first[r]`` changed with the one in front.
@@ -56,19 +73,17 @@ def sorted_ids(low: np.ndarray, bitmap: np.ndarray, bits: int, count: int, first
     False, with ``ids`` half filled, for a bitmap that does not name ``count`` entries.
     """
     half, width = (count + 1) // 2, bitmap.shape[1]
-    # Room for all bits, so that what is found needs no bound; numbers without a sign, as they cannot count from the end.
+    # Room for all bits, so that what is found needs no bound.
     places = np.empty(8 * width, np.int32)
     for r in range(len(bitmap)):
-        found = np.uint64(0)
+        found = _U8(0)
         for start in range(0, width, 8):
-            word = np.uint64(0)
-            for index in range(min(8, width - start)):
-                word |= np.uint64(bitmap[r, start + index]) << np.uint64(8 * index)
+            word = _word(bitmap[r], start)
             while word:
                 places[found] = 8 * start + np.int64(_lowest_bit(word))
-                found += np.uint64(1)
-                word &= word - np.uint64(1)
-        if found != np.uint64(count):
+                found += _U8(1)
+                word &= word - _U8(1)
+        if found != _U8(count):
             return False
         for n in range(count):
             ids[r, n] = (places[n] - n) << bits | low[r, n]
@@ -81,36 +96,46 @@ def sorted_ids(low: np.ndarray, bitmap: np.ndarray, bits: int, count: int, first
     return True
 
 
-@_compiled(types.void(_given(_U1, 2), _given(_F4, 2), _given(_I8, 1), _F4[:, ::1]))
-def levels(packed: np.ndarray, table: np.ndarray, first: np.ndarray, found: np.ndarray) -> None:
-    """Fill float32 ``found`` [rows, count] with what each row's ``table`` [rows, 16] says of the values of
-    ``codec.pack_nibbles``, entry ``first[r]`` changed with the one in front."""
+@_compiled(
+    types.void(_given(_U1, 2), _given(_U1, 2), _given(_F4, 2), _given(_F4, 1), _given(_I8, 1), _F4[:, ::1]),
+)
+def levels(
+    packed: np.ndarray, ends: np.ndarray, table: np.ndarray, excess: np.ndarray, first: np.ndarray, found: np.ndarray
+) -> None:
+    """Fill float32 ``found`` [rows, count] with what the values of ``codec.pack_nibbles`` stand for in row ``256 ends[r, 0] +
+    ends[r, 1]`` of ``table`` [65536, 16], less ``excess[r]``, at most 0; entry ``first[r]`` changed with the one in front."""
     count = found.shape[1]
     half = (count + 1) // 2
+    own = np.empty(16, np.float32)
     for r in range(len(packed)):
-        for n in range(half):
-            found[r, n] = table[r, packed[r, n] & 15]
-        for n in range(half, count):
-            found[r, n] = table[r, packed[r, n - half] >> 4]
+        row = _U8(ends[r, 0]) << _U8(8) | _U8(ends[r, 1])
+        for level in range(16):
+            own[level] = min(table[row, level] - excess[r], np.float32(0))
+        for n in range(count - half):
+            found[r, n] = own[packed[r, n] & 15]
+            found[r, half + n] = own[packed[r, n] >> 4]
+        if count - half < half:
+            found[r, half - 1] = own[packed[r, half - 1] & 15]
         found[r, 0], found[r, first[r]] = found[r, first[r]], found[r, 0]
 
 
-@_compiled(types.void(_given(_U1, 2), _given(_F4, 2), _I8, _F4[::1]))
-def sums_of_levels(packed: np.ndarray, table: np.ndarray, count: int, sums: np.ndarray) -> None:
-    """Fill float32 ``sums`` [rows] with the sums of what ``levels`` finds."""
+@_compiled(types.void(_given(_U1, 2), _given(_U1, 2), _given(_F4, 2), _I8, _F4[::1]))
+def sums_of_levels(packed: np.ndarray, ends: np.ndarray, table: np.ndarray, count: int, sums: np.ndarray) -> None:
+    """Fill float32 ``sums`` [rows] with the sums of what ``levels`` finds in ``table``, nothing taken from it."""
     half = (count + 1) // 2
     for r in range(len(packed)):
+        row = _U8(ends[r, 0]) << _U8(8) | _U8(ends[r, 1])
         below = above = np.float32(0)
         for n in range(count - half):
-            below += table[r, packed[r, n] & 15]
-            above += table[r, packed[r, n] >> 4]
+            below += table[row, packed[r, n] & 15]
+            above += table[row, packed[r, n] >> 4]
         if count - half < half:
-            below += table[r, packed[r, half - 1] & 15]
+            below += table[row, packed[r, half - 1] & 15]
         sums[r] = below + above
 
 
 def _draws(kind: types.Type) -> Any:
-    counts = _given(_I8, 1)
+    counts = _given(_I4, 1)
     return types.void(
         _given(kind, 1), _given(_F4, 1), counts, counts, types.boolean, _I4[:, ::1], _F4[:, ::1], _F8[::1]
     )
@@ -128,7 +153,7 @@ def draws(
     mass: np.ndarray,
 ) -> None:
     """Lay out rows of unequal length: the next ``used[r]`` of ``values`` in ``ids`` [rows, K], the next ``kept[r]`` of ``own`` in
-    ``weights`` [rows, K], zeros behind; float64 ``mass`` [rows] is the sum of the latter.
+    ``weights`` [rows, K], both zeros before; float64 ``mass`` [rows] is the sum of the latter.
 
     ``shared``: the used entries without a weight of their own share evenly what those leave of 1; where they leave nothing, or
     there are no others, the weights are divided by their sum.
@@ -148,9 +173,9 @@ def draws(
             rest = np.float32((1 - total) / (taken - own_taken))
         for n in range(taken):
             ids[r, n] = values[start + n]
-            weights[r, n] = own[own_start + n] * scale if n < own_taken else rest
-        for n in range(taken, width):
-            ids[r, n] = 0
-            weights[r, n] = 0
+        for n in range(own_taken):
+            weights[r, n] = own[own_start + n] * scale
+        for n in range(own_taken, taken):
+            weights[r, n] = rest
         start += taken
         own_start += own_taken

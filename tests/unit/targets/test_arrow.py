@@ -16,6 +16,7 @@ from kdscale.head import Head, HeadSpec
 from kdscale.spec import ENCODINGS, TargetSpec
 from kdscale.targets import arrow
 from kdscale.targets.codec import (
+    decode_between,
     decode_logp,
     encode_logp,
     lay_out,
@@ -23,9 +24,8 @@ from kdscale.targets.codec import (
     pack_nibbles,
     pack_sorted,
     quantize_rows,
-    sum_levels,
+    sum_between,
     unpack_ids,
-    unpack_levels,
     unpack_sorted,
 )
 from kdscale.targets.decode import decode
@@ -142,25 +142,34 @@ def test_sorted_ids_round_trip(rows: int, vocab: int, count: int, seed: int):
 
 
 @given(st.integers(0, 5), st.integers(1, 33), st.integers(0, 99))
-def test_nibbles_round_trip(rows: int, count: int, seed: int):
-    values = np.random.default_rng(seed).integers(0, 16, (rows, count), dtype=np.uint8)
+def test_levels_between_ends(rows: int, count: int, seed: int):
+    """Against float64 from the definition: even steps on the tenth root between the ends, which are fourth roots in 255ths."""
+    random = np.random.default_rng(seed)
+    values = random.integers(0, 16, (rows, count), dtype=np.uint8)
+    ends = np.sort(random.integers(0, 256, (rows, 2), dtype=np.uint8), axis=1)
     packed = pack_nibbles(values)
     assert packed.shape == (rows, (count + 1) // 2)
-    table = torch.rand(rows, 16, generator=torch.Generator().manual_seed(seed))
-    expected = np.take_along_axis(table.numpy(), values.astype(np.int64), 1)
-    first = np.random.default_rng(seed).integers(0, count, rows)
-    assert np.array_equal(unpack_levels(packed, table, count, first).numpy(), exchanged(expected, first))
-    np.testing.assert_allclose(sum_levels(packed, table, count).numpy(), expected.sum(1), rtol=1e-5)
-    for wrong in (table[:, :15], table[:-1]):
+    low, high = (np.maximum(ends.astype(np.float64), 0.5) / 255).T[..., None] ** 0.4
+    logp = np.log(low + values * np.maximum(high - low, 1e-38) / 15) * 10
+    first, excess = random.integers(0, count, rows), random.random(rows, np.float32)
+    found = decode_between(packed, ends, torch.from_numpy(excess), count, first)
+    np.testing.assert_allclose(found, exchanged(np.minimum(logp - excess[:, None], 0), first), atol=2e-4)
+    np.testing.assert_allclose(sum_between(packed, ends, count), np.exp(logp).sum(1), rtol=2e-4)
+    for wrong in (ends[:, :1], ends[:-1]):
         if rows:
             with pytest.raises(PayloadError, match="cut"):
-                sum_levels(packed, wrong.contiguous(), count)
+                sum_between(packed, np.ascontiguousarray(wrong), count)
+            with pytest.raises(PayloadError, match="cut"):
+                decode_between(packed, np.ascontiguousarray(wrong), torch.from_numpy(excess), count, first)
+    if rows:
+        with pytest.raises(PayloadError, match=f"of {count} entries is none"):
+            decode_between(packed, ends, torch.from_numpy(excess), count, first + count)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=9), st.booleans(), st.integers(0, 99))
 def test_rows_of_unequal_length(lengths: list[tuple[int, int]], shared: bool, seed: int):
-    kept = np.array([min(pair) for pair in lengths], np.int64)
-    count = np.array([max(pair) for pair in lengths], np.int64)
+    kept = np.array([min(pair) for pair in lengths], np.int32)
+    count = np.array([max(pair) for pair in lengths], np.int32)
     random = np.random.default_rng(seed)
     ids = random.integers(0, 1 << 16, count.sum()).astype(random.choice(["u2", "i4"]))
     own = random.random(kept.sum(), dtype=np.float32) / 3

@@ -1,12 +1,15 @@
 """Places on the cluster, and teacher and student started on them; each ends with the stack it was started on."""
 
+import os
 import secrets
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +24,7 @@ from kdscale.config.sections import StreamSection
 from kdscale.credentials import Credentials, Keys
 from kdscale.display import Display
 from kdscale.engine.checkpoint import Checkpoint
-from kdscale.errors import StreamError, TeacherError
+from kdscale.errors import PlacementError, StreamError, TeacherError
 from kdscale.estimate import host_memory
 from kdscale.node import address_in
 from kdscale.on_policy.service import RolloutGuard, rollout_ask
@@ -174,6 +177,14 @@ class Slots:
     """None where the student learns on no text of its own."""
 
 
+def end_at_once(job: Job, fault: PlacementError) -> None:
+    """End this process for ``fault``, and what belongs to the run: without its cluster nothing can be taken down in order."""
+    job.display.close()
+    print(f"kdscale: {type(fault).__name__}: {fault}", file=sys.stderr, flush=True)
+    supervise.leave()
+    os._exit(fault.exit_code)
+
+
 def place(job: Job, stack: ExitStack, *, student: bool = True, rollouts: bool = False) -> Slots:
     """Join or start the cluster and reserve places on it; with ``rollouts`` also for who writes the student's text, where the
     config has them. Raises: PlacementError."""
@@ -189,7 +200,7 @@ def place(job: Job, stack: ExitStack, *, student: bool = True, rollouts: bool = 
     students = [student_ask(config.student)] if student else []
     writers = [rollout_ask(config.on_policy)] if rollouts and config.on_policy is not None else []
     every = [*(ask for asked in teachers.values() for ask in asked), *students, *writers]
-    stack.enter_context(cluster(config.cluster, every, supervise.temp_dir()))
+    stack.enter_context(cluster(config.cluster, every, supervise.temp_dir(), partial(end_at_once, job)))
     stop_on_signals(job.stop)
 
     def reserved(asks: list[Ask]) -> list[PlacementGroup]:

@@ -4,8 +4,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from kdscale import log
+from kdscale.cluster.daemons import watched
 from kdscale.cluster.locked import require_locked
 from kdscale.config.sections import ClusterSection, Placement
 from kdscale.errors import PlacementError
@@ -38,10 +39,13 @@ class Ask:
 
 
 @contextmanager
-def cluster(settings: ClusterSection, asks: list[Ask], temp_dir: str | None) -> Iterator[None]:
+def cluster(
+    settings: ClusterSection, asks: list[Ask], temp_dir: str | None, lost: Callable[[PlacementError], None]
+) -> Iterator[None]:
     """Join the cluster at ``settings.address``, or run a local one that ends with the context.
 
-    A local cluster's logical CPUs are what the asks add up to: threads, not cores, are what ranks share on a laptop.
+    A local cluster's logical CPUs are what the asks add up to: threads, not cores, are what ranks share on a laptop. Where it
+    is lost, ``lost`` is told (see ``daemons``); a joined one may have other heads, and by itself Ray waits for them.
 
     Raises:
         PlacementError: no cluster at the address, or one that others can reach and that asks for no token.
@@ -70,7 +74,8 @@ def cluster(settings: ClusterSection, asks: list[Ask], temp_dir: str | None) -> 
     _close_token_file()
     try:
         require_locked()
-        yield
+        with watched(lost) if settings.address is None else nullcontext():
+            yield
     finally:
         ray.shutdown()
 

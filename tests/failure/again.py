@@ -36,12 +36,19 @@ def lose_a_rank(process: "subprocess.Popen[bytes]") -> None:
     random.choice([*ranks_of("TeacherRank"), *ranks_of("StudentRank")]).kill()
 
 
+def lose_the_cluster(process: "subprocess.Popen[bytes]") -> None:
+    """One of the two processes without which Ray's head is none."""
+    daemons = [one for one in marked_running("/ray/core/src/ray/") if one.name() in ("gcs_server", "raylet")]
+    random.choice(daemons).kill()
+
+
 ENDS: dict[str, tuple[Callable[["subprocess.Popen[bytes]"], None], int]] = {
     "SIGINT": (signalled(signal.SIGINT), 130),
     "SIGTERM": (signalled(signal.SIGTERM), 130),
     "driver SIGKILL": (kill_driver, KILLED),
     "supervisor SIGKILL": (signalled(signal.SIGKILL), -signal.SIGKILL),
     "a rank lost for good": (lose_a_rank, 1),
+    "Ray's head SIGKILL": (lose_the_cluster, 1),
 }
 
 

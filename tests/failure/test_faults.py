@@ -180,7 +180,7 @@ def test_another_configuration_does_not_go_on_from_a_checkpoint(tmp_path: Path, 
 def test_too_few_cpus_are_named_in_time():
     settings = ClusterSection(wait_seconds=3)
     # Not tmp_path: Ray's sockets lie below it, and the path of a Unix socket is short.
-    with tempfile.TemporaryDirectory(prefix="kdscale-") as temp, cluster(settings, [Ask("one", 1, 1, 0)], temp):
+    with tempfile.TemporaryDirectory(prefix="kdscale-") as temp, cluster(settings, [Ask("one", 1, 1, 0)], temp, print):
         began = time.monotonic()
         needs = r"teacher was not placed .* needs 2 x 2 CPU, 1 free of 1"
         with pytest.raises(PlacementError, match=needs), reserve(Ask("teacher", 2, 2, 0), settings.wait_seconds):
@@ -198,7 +198,7 @@ def test_no_cluster_at_the_address(address: str, rule: str):
     began = time.monotonic()
     with (
         pytest.raises(PlacementError, match=rf"cannot join or start Ray \(cluster.address = {address}\): .*{rule}"),
-        cluster(ClusterSection(address=address), [], None),
+        cluster(ClusterSection(address=address), [], None, print),
     ):
         pytest.fail("joined a cluster that is not there")
     assert time.monotonic() - began < 10

@@ -136,14 +136,19 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
-def require_language_model(config: PretrainedConfig, where: Path) -> None:
-    """Raises: ModelError for a classifier, and for a model whose weights are quantised already."""
+def require_unquantised(config: PretrainedConfig, where: Path) -> None:
+    """Raises: ModelError for a model whose weights are quantised already."""
     if (scheme := getattr(config, "quantization_config", None)) is not None:
         method = scheme.get("quant_method") if isinstance(scheme, dict) else type(scheme).__name__
         raise ModelError(
-            f"{where} is quantised already (quant_method = {getattr(method, 'value', method)}), and rounding is not undone;"
-            " export the model it was made of"
+            f"{where} is quantised already (quant_method = {getattr(method, 'value', method)}): its weights can be neither"
+            " trained nor rounded once more; use the model it was made of"
         )
+
+
+def require_language_model(config: PretrainedConfig, where: Path) -> None:
+    """Raises: ModelError for a classifier, and for a model whose weights are quantised already."""
+    require_unquantised(config, where)
     kinds = config.architectures or []
     if kinds and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         raise ModelError(f"{where} holds a {', '.join(kinds)}, and only causal language models can be written so")

@@ -9,8 +9,10 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
+from kdscale.config.sections import StudentSection
 from kdscale.engine import int8_model
 from kdscale.engine.int8_model import load_int8, require_int8, write_int8
+from kdscale.engine.models import build_student
 from kdscale.errors import ConfigError, ModelError
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 
@@ -88,6 +90,14 @@ def test_the_directory_is_whole_and_holds_no_pickle(tmp_path: Path):
     assert torch.equal(plain(input_ids=IDS).logits, load_int8(out, torch.bfloat16)(input_ids=IDS).logits)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer("a loop")["input_ids"] == transformers.AutoTokenizer.from_pretrained(source)("a loop")["input_ids"]
+
+
+def test_int8_is_nothing_to_train(tmp_path: Path):
+    make_model("llama").save_pretrained(tmp_path / "model")
+    write_int8(tmp_path / "model", tmp_path / "int8", 5 << 30)
+    student = StudentSection(init="model", model=str(tmp_path / "int8"))
+    with pytest.raises(ModelError, match=r"int8 is quantised already \(quant_method = torchao\): .* neither trained"):
+        build_student(student, tmp_path / "model", torch.float32)
 
 
 def test_layers_that_are_not_int8_are_noticed(tmp_path: Path):

@@ -223,7 +223,8 @@ def evaluate(
 
 @app.command(
     epilog="Examples:  kdscale export configs/quickstart.yaml  |  kdscale export runs/quickstart --format gguf --type q8_0  |"
-    "  kdscale export runs/quickstart/student --format gguf --out student.gguf"
+    "  kdscale export runs/quickstart/student --format gguf --out student.gguf  |  kdscale export models/my-model --format int8"
+    " --text heldout.jsonl"
 )
 def export(
     source: Annotated[
@@ -232,11 +233,16 @@ def export(
     overrides: Overrides = None,
     checkpoint: Annotated[str, typer.Option(help="auto: the newest of the run; or a checkpoint's PATH")] = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="what to write (default: runs/NAME/student, or student-TYPE.gguf beside it)")
+        Path | None,
+        typer.Option(help="what to write (default: runs/NAME/student; student-TYPE.gguf or student-int8 beside it)"),
     ] = None,
     form: Annotated[
-        Literal["hf", "gguf"],
-        typer.Option("--format", help="hf: a Hugging Face directory; gguf: one file, for llama.cpp and its like"),
+        Literal["hf", "gguf", "int8"],
+        typer.Option(
+            "--format",
+            help="hf: a Hugging Face directory; gguf: one file, for llama.cpp and its like; int8: a Hugging Face directory"
+            " whose linear layers compute in int8 (needs torchao)",
+        ),
     ] = "hf",
     kind: Annotated[
         GgufType | None,
@@ -245,22 +251,28 @@ def export(
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="text to measure a GGUF file on (default: the run's held-out text), as data.heldout takes it"
+            help="text to measure what rounding costs on (default: the run's held-out text), as data.heldout takes it"
         ),
     ] = None,
 ) -> None:
-    """Write a checkpoint's student as a Hugging Face model directory, or it or any model directory as a GGUF file."""
-    if form == "hf" and (kind is not None or text):
-        raise ConfigError("--type and --text are about GGUF files; add --format gguf")
+    """Write a checkpoint's student as a Hugging Face model directory, or it or any model directory as a GGUF file or in int8."""
+    if form != "gguf" and kind is not None:
+        raise ConfigError(f"--type {kind} is about GGUF files, and --format is {form}; use --format gguf")
+    if form == "hf" and text:
+        raise ConfigError("--text is about what rounding costs; add --format gguf or int8")
     is_model = (source / "config.json").is_file()
     if is_model and (form == "hf" or overrides or checkpoint != "auto"):
-        raise ConfigError(f"{source} is a model directory: all there is to do with it is --format gguf")
+        raise ConfigError(f"{source} is a model directory: all there is to do with it is --format gguf or int8")
     settings = None if is_model else load_config(source / "config.yaml" if source.is_dir() else source, overrides)
     with Console(stderr=True).status("exporting"):
-        if form == "gguf":
-            from kdscale.deploy import to_gguf
+        if form != "hf":
+            from kdscale.deploy import to_gguf, to_int8
 
-            print(to_gguf(source if settings is None else settings, checkpoint, out, kind, text).line())
+            model = source if settings is None else settings
+            made = (
+                to_gguf(model, checkpoint, out, kind, text) if form == "gguf" else to_int8(model, checkpoint, out, text)
+            )
+            print(made.line())
         elif settings is not None:
             from kdscale.offline import export_checkpoint
 

@@ -25,6 +25,9 @@ def setup(role: str, level: str = "INFO") -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False
+    # Where torchao lies, transformers imports it, and it tells every process which of its GPU kernels this machine has not.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def get(name: str) -> logging.Logger:

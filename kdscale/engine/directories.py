@@ -6,6 +6,7 @@ import socket
 from fnmatch import fnmatch
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, PretrainedConfig
@@ -75,6 +76,13 @@ def weight_files(directory: Path) -> list[str]:
     return files
 
 
+def beside_weights(directory: Path) -> list[Path]:
+    """What a model's inputs are read by, and whatever else belongs to it besides config and weights; never a pickle."""
+    known = ("config.json", "generation_config.json", "model.safetensors.index.json")
+    found = (path for path in directory.iterdir() if path.is_file() and _part_of_model(path.name))
+    return sorted(path for path in found if path.name not in known and path.suffix != ".safetensors")
+
+
 def _part_of_model(name: str) -> bool:
     return "/" not in name and any(fnmatch(name, pattern) for pattern in _MODEL_FILES)
 
@@ -121,6 +129,29 @@ def model_digest(directory: Path) -> str:
                 file.seek(8 + size + (path.stat().st_size - 8 - size) * place // 8)
                 digest.update(file.read(4096))
     return digest.hexdigest()[:32]
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The dtype a model's files are in."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def require_unquantised(config: PretrainedConfig, where: Path) -> None:
+    """Raises: ModelError for a model whose weights are quantised already."""
+    if (scheme := getattr(config, "quantization_config", None)) is not None:
+        method = scheme.get("quant_method") if isinstance(scheme, dict) else type(scheme).__name__
+        raise ModelError(
+            f"{where} is quantised already (quant_method = {getattr(method, 'value', method)}): its weights can be neither"
+            " trained nor rounded once more; use the model it was made of"
+        )
+
+
+def require_language_model(config: PretrainedConfig, where: Path) -> None:
+    """Raises: ModelError for a classifier, and for a model whose weights are quantised already."""
+    require_unquantised(config, where)
+    kinds = config.architectures or []
+    if kinds and not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        raise ModelError(f"{where} holds a {', '.join(kinds)}, and only causal language models can be written so")
 
 
 def load_config(directory: str | Path) -> PretrainedConfig:

@@ -56,10 +56,7 @@ def write_model(
 ) -> None:
     """Write config, what inputs are read by and safetensors (adapters merged) of at most ``shard_bytes`` each aside, then put
     them in place of ``directory``; what stood there goes when they have its name."""
-    staging, old = (directory.with_name(f".{directory.name}.{what}") for what in ("partial", "old"))
-    for left in (staging, old):
-        shutil.rmtree(left, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging = staged(directory)
     # Students run with their cache on; it is only training that has no use for it.
     cached = hasattr(model.config, "use_cache")
     if cached:
@@ -68,6 +65,21 @@ def write_model(
     if cached:
         model.config.use_cache = False
     save_reader(staging)
+    put_in_place(staging, directory)
+
+
+def staged(directory: Path) -> Path:
+    """A fresh directory beside ``directory``, to be written and put in its place."""
+    staging = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def put_in_place(staging: Path, directory: Path) -> None:
+    """Give ``staging`` the name of ``directory``; what stood there goes when it has."""
+    old = directory.with_name(f".{directory.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
         directory.rename(old)
     staging.rename(directory)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kdscale.config.sections import GgufType
+from kdscale.engine.directories import stored_dtype
 from kdscale.engine.gguf_tokenizer import add_tokenizer
 from kdscale.errors import ConfigError, ModelError
 
@@ -39,11 +40,6 @@ _FAMILIES = {
     "qwen3": _Family("qwen3"),
 }
 """By ``model_type``; each is loaded again and compared in the tests."""
-
-
-def stored_dtype(config: PretrainedConfig) -> torch.dtype:
-    """The dtype a model's files are in."""
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
 def own_type(config: PretrainedConfig) -> GgufType:

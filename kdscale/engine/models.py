@@ -17,7 +17,7 @@ from kdscale.data.pairs import TokenizerPair
 from kdscale.engine import classifiers
 from kdscale.engine.attention import attend_by_document
 from kdscale.engine.described import classifier_config, config_of_fields, require_family
-from kdscale.engine.directories import load_config, resolve_model, weight_files
+from kdscale.engine.directories import load_config, require_unquantised, resolve_model, weight_files
 from kdscale.engine.lora import add_adapters
 from kdscale.engine.respell import respell
 from kdscale.errors import ModelError
@@ -83,7 +83,9 @@ def build_student(
                 respell(model, pair)
         case "model":
             assert student.model is not None
-            model = load_model(resolve_model(student.model), dtype, task)
+            directory = resolve_model(student.model)
+            require_unquantised(load_config(directory), directory)
+            model = load_model(directory, dtype, task)
         case "config" if config is not None:
             model = _AUTO[task].from_config(config, dtype=dtype)
         case "config":

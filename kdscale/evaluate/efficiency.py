@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -51,24 +52,34 @@ def _measure_here(directory: str, dtype: str, threads: int, device: str, task: T
     torch.set_num_threads(threads)
     model = load_model(directory, getattr(torch, dtype), task).eval()
     model.to(device)  # type: ignore[arg-type]
-    inputs, positions = _inputs(model.config, model.dtype, task)
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    seconds = []
-    with torch.no_grad():
-        for _ in range(1 + _ROUNDS):
-            start = time.perf_counter()
-            # The logits' sum, read back, waits for a GPU to finish.
-            float(model(**inputs).logits[:, -1].sum())
-            seconds.append(time.perf_counter() - start)
+    (tokens_per_second,) = forward_rates([model], task)
     on_gpu = device != "cpu"
     return Efficiency(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         bytes_on_disk=sum(path.stat().st_size for path in Path(directory).glob("*.safetensors")),
-        tokens_per_second=positions / statistics.median(seconds[1:]),
+        tokens_per_second=tokens_per_second,
         peak_memory_bytes=torch.cuda.max_memory_allocated()
         if on_gpu
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def forward_rates(models: Sequence[Any], task: Task) -> list[float]:
+    """``Efficiency.tokens_per_second`` of models with the same inputs, where they lie and in this process. They take turns, so
+    that what else the machine does meets all of them."""
+    import torch
+
+    inputs, positions = _inputs(models[0].config, models[0].dtype, task)
+    inputs = {name: tensor.to(models[0].device) for name, tensor in inputs.items()}
+    seconds: list[list[float]] = [[] for _ in models]
+    with torch.no_grad():
+        for _ in range(1 + _ROUNDS):
+            for model, its_seconds in zip(models, seconds, strict=True):
+                start = time.perf_counter()
+                # The logits' sum, read back, waits for a GPU to finish.
+                float(model(**inputs).logits[:, -1].sum())
+                its_seconds.append(time.perf_counter() - start)
+    return [positions / statistics.median(its_seconds[1:]) for its_seconds in seconds]
 
 
 def _inputs(config: Any, dtype: Any, task: Task) -> tuple[dict[str, Any], int]:

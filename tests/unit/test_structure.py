@@ -24,7 +24,7 @@ LAYERS = [
     {"waits"},
     {"serve", "generate"},
     {"driver"},
-    {"show", "doctor", "offline", "probe", "worker", "launcher"},
+    {"show", "doctor", "offline", "probe", "worker", "launcher", "compare"},
     {"deploy"},
     {"cli"},
 ]

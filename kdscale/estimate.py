@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from kdscale.config.alignment import AlignmentSection
 from kdscale.config.hardware import cpu_has_bfloat16
 from kdscale.config.schema import RunConfig
-from kdscale.config.sections import Dtype, StudentSection
+from kdscale.config.sections import Dtype, StudentSection, TeacherSection
 from kdscale.engine.settings import GATHERED_AT_ONCE, student_dtype
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
@@ -175,18 +176,20 @@ def item_bytes(dtype: Dtype, gpus_per_rank: int) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
-def host_memory(config: RunConfig, *, teacher: bool, student: bool, rollouts: bool = False) -> int | None:
-    """Bytes of host memory that the ranks on CPUs which are started need together for weights and model states; ``None``:
-    unknown.
+def host_memory(
+    config: RunConfig, teachers: Iterable[TeacherSection], *, student: bool, rollouts: bool = False
+) -> int | None:
+    """Bytes of host memory that the ranks on CPUs which are started need together for weights and model states, those of
+    ``teachers`` among them; ``None``: unknown.
 
-    The teacher's weights are counted once a replica, over its ranks, with the file that rank 0 maps while loading.
+    A teacher's weights are counted once a replica, over its ranks, with the file that rank 0 maps while loading.
     """
     files = read_model(config.teacher.model)
     parameters, trained = student_parameters(config.student, files, config.alignment)
     if files.parameters is None or files.file_bytes is None or parameters is None or trained is None:
         return None
     needed = 0
-    for one in config.named_teachers.values() if teacher else ():
+    for one in teachers:
         theirs = read_model(one.model)
         if theirs.parameters is None or theirs.file_bytes is None:
             return None

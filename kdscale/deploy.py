@@ -79,6 +79,10 @@ def to_gguf(
         rows = text_rows(text, directory) if text else None
         kind = kind or own_type(load_config(directory))
         return export_gguf(directory, out or directory.with_name(f"{directory.name}-{kind}.gguf"), kind, rows)
+    if source.task != "language-modelling":
+        raise ConfigError(
+            f"task = {source.task}: a GGUF file is a language model, and has no place for a classifier's head; use --format hf"
+        )
     run = Path(source.run.dir) / source.run.name
     with tempfile.TemporaryDirectory(prefix=".export-", dir=run) as scratch:
         directory = export_checkpoint(source, checkpoint, Path(scratch) / source.run.name)

@@ -132,7 +132,7 @@ def _stream(config: RunConfig, teacher: ModelFiles) -> Table:
     if not config.loss.soft:
         table.add_row("payload", "none: loss.hard_weight = 1 trains on labels only")
         return table
-    unit = "token" if config.task == "language-modelling" else "example"
+    unit, a_unit = ("token", "a token") if config.task == "language-modelling" else ("example", "an example")
     outcomes = teacher.vocab_size if unit == "token" else teacher.num_classes
     if outcomes is None:
         table.add_row(f"bytes per {unit}", UNKNOWN)
@@ -154,7 +154,7 @@ def _stream(config: RunConfig, teacher: ModelFiles) -> Table:
         "dense": "all",
     }
     layers = f", layers {', '.join(map(str, spec.layers))} as {spec.layers_encoding}" if spec.layers else ""
-    table.add_row("payload", f"{names[spec.payload]} as {spec.encoding}{layers}, {most}{size} bytes a {unit}")
+    table.add_row("payload", f"{names[spec.payload]} as {spec.encoding}{layers}, {most}{size} bytes {a_unit}")
     table.add_row("a step", f"at most {_size(per_step)}")
     table.add_row("in flight, per student rank", f"at most {_size(in_flight)}")
     rate = _size(size * _REFERENCE_TOKENS_PER_SECOND)

@@ -59,6 +59,13 @@ def require_gguf(config: PretrainedConfig, where: Path) -> None:
             f"{where}: a model of type {config.model_type} cannot be written as GGUF; supported are {', '.join(_FAMILIES)}."
             " Its Hugging Face directory stays usable"
         )
+    # A config says it once the model was saved.
+    heads = [one for one in config.architectures or [] if not one.endswith("ForCausalLM")]
+    if heads:
+        raise ModelError(
+            f"{where}: a {heads[0]} cannot be written as GGUF by kdscale: the file would be a language model, without its head."
+            " Its Hugging Face directory stays usable"
+        )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     windowed = config.model_type == "mistral" and config.sliding_window is not None

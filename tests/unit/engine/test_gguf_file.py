@@ -95,6 +95,7 @@ def test_splits_have_the_names_that_llama_cpp_knows(tokenizer):
         ),
         ("llama", {"attention_bias": True}, r"attention_bias = true"),
         ("llama", {"hidden_act": "gelu"}, r"hidden_act = gelu"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, r"a LlamaForSequenceClassification cannot"),
     ],
 )
 def test_what_a_file_cannot_say_is_refused(family: str, fields: dict, message: str):

@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -14,6 +15,7 @@ from kdscale.config.anchor import anchored
 from kdscale.config.finetune import load_finetune
 from kdscale.config.load import dump_resolved
 from kdscale.config.sections import GgufType
+from kdscale.config.teachers import require_named
 from kdscale.credentials import ACCESS_FILE
 from kdscale.errors import ConfigError, KdscaleError
 
@@ -94,7 +96,7 @@ def finetune(
 @app.command(
     epilog="Examples:  kdscale teacher configs/quickstart.yaml --write runs/teacher.json  |  kdscale train"
     " configs/quickstart.yaml --teacher-endpoints runs/teacher.json  |  kdscale teacher configs/quickstart.yaml --join"
-    " runs/quickstart"
+    " runs/quickstart  |  kdscale teacher configs/modes/several-teachers.yaml --join runs/several-teachers --only code"
 )
 def teacher(
     config: ConfigFile,
@@ -106,9 +108,17 @@ def teacher(
         Path | None,
         typer.Option(help="serve a run in progress instead, as further replicas: its directory, or an access file"),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="with --join, of several teachers: the name of one to add replicas of (default: all of them)"
+        ),
+    ] = None,
 ) -> None:
     """Serve the config's teacher for runs elsewhere, until Ctrl-C."""
     if join is None:
+        if only:
+            raise ConfigError(f"--only {only[0]} goes with --join: a served directory has all teachers of its config")
         _drive("serve", load_config(config, [*(overrides or []), "run.name=teacher"]), str(write), None)
     access_file = join / ACCESS_FILE if join.is_dir() else join
     if not access_file.is_file():
@@ -116,7 +126,8 @@ def teacher(
     # Several may join from one machine, and none leaves anything: what a run would keep goes when this ends.
     with tempfile.TemporaryDirectory(prefix="kdscale-join-") as scratch:
         settings = load_config(config, [*(overrides or []), f"run.dir={scratch}", "run.name=joined"])
-        _drive("join", settings, str(access_file.absolute()), None)
+        require_named(settings, only or [], "--only")
+        _drive("join", settings, str(access_file.absolute()), None, only or [])
 
 
 @app.command(
@@ -364,7 +375,9 @@ def _require_served(access_file: Path) -> None:
         raise ConfigError(f"--teacher-endpoints {access_file} does not exist; `kdscale teacher` writes it")
 
 
-def _drive(flow: str, settings: RunConfig, argument: str, teacher_endpoints: Path | None) -> NoReturn:
+def _drive(
+    flow: str, settings: RunConfig, argument: str, teacher_endpoints: Path | None, only: Sequence[str] = ()
+) -> NoReturn:
     """Run a flow of the driver under supervision and exit with its code."""
     settings = anchored(settings, Path.cwd())
     directory = Path(settings.run.dir) / settings.run.name
@@ -374,7 +387,7 @@ def _drive(flow: str, settings: RunConfig, argument: str, teacher_endpoints: Pat
     command = [sys.executable, "-m", "kdscale.driver", flow, str(resolved), argument]
     if teacher_endpoints is not None:
         _require_served(teacher_endpoints)
-        command.append(str(teacher_endpoints))
+    command += [str(teacher_endpoints or ""), *only]
     lock = directory / f".{flow}.lock"
     raise typer.Exit(supervise.supervise(command, lock, settings.cluster.grace_seconds))
 

@@ -191,6 +191,11 @@ def _model_of(
         directory = source.absolute()
         yield directory, text_rows(text, directory) if text else None, directory
         return
+    if source.task != "language-modelling":
+        raise ConfigError(
+            f"task = {source.task}: a GGUF file is a language model, and so is what is written as int8; neither has a place for a"
+            " classifier's head. Use --format hf"
+        )
     run = Path(source.run.dir) / source.run.name
     with tempfile.TemporaryDirectory(prefix=".export-", dir=run) as scratch:
         directory = export_checkpoint(source, checkpoint, Path(scratch) / source.run.name)

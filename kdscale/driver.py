@@ -165,8 +165,8 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=1) + "\n")
 
 
-def main(flow: str, config_file: str, argument: str, endpoints: str = "") -> int:
-    """The driver process; its parent is ``kdscale.supervise``. Returns the exit code."""
+def main(flow: str, config_file: str, argument: str, endpoints: str = "", *only: str) -> int:
+    """The driver process; its parent is ``kdscale.supervise``. ``only``: see ``serve.join``. Returns the exit code."""
     log.setup("driver")
     config = load_resolved(Path(config_file))
     supervise.follow_supervisor(config.cluster.grace_seconds)
@@ -180,7 +180,7 @@ def main(flow: str, config_file: str, argument: str, endpoints: str = "") -> int
             case "serve":
                 serve(job, Path(argument))
             case "join":
-                join(job, Path(argument))
+                join(job, Path(argument), only)
             case "record":
                 record(job, Path(argument))
             case "generate":

@@ -1,15 +1,17 @@
-"""How much memory a run needs, from config.json, tokenizer.json and safetensors headers alone. No torch."""
+"""How much memory a run needs, from config.json, tokenizers and safetensors headers alone. No torch."""
 
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdscale.config.alignment import AlignmentSection
 from kdscale.config.hardware import cpu_has_bfloat16
 from kdscale.config.schema import RunConfig
-from kdscale.config.sections import Dtype, StudentSection
+from kdscale.config.sections import Dtype, StudentSection, TeacherSection
 from kdscale.engine.settings import GATHERED_AT_ONCE, student_dtype
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
@@ -24,6 +26,9 @@ class ModelFiles:
     shapes: dict[str, list[int]] | None = None
     """By tensor name."""
     vocab_size: int | None = None
+    """Of the tokenizer."""
+    embedding_rows: int | None = None
+    """The same, and what pads it."""
     hidden_size: int | None = None
     num_classes: int | None = None
     """Of a classifier."""
@@ -66,6 +71,7 @@ def read_model(name: str | None) -> ModelFiles:
         file_bytes=sum(file.stat().st_size for file in files) if files else None,
         shapes=shapes or None,
         vocab_size=_true_vocab(directory) or config.get("vocab_size"),
+        embedding_rows=config.get("vocab_size"),
         hidden_size=config.get("hidden_size") or config.get("n_embd") or config.get("dim"),
         # transformers leaves two classes unsaid.
         num_classes=len(config.get("id2label", "01")) if config else None,
@@ -88,9 +94,13 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def student_parameters(student: StudentSection, teacher: ModelFiles) -> tuple[int | None, int | None]:
-    """(all, trained) parameters of the student."""
+def student_parameters(
+    student: StudentSection, teacher: ModelFiles, alignment: AlignmentSection
+) -> tuple[int | None, int | None]:
+    """(all, trained) parameters of the student. Raises: ModelError for a tokenizer of its own that cannot be read."""
     shapes = teacher.shapes if student.init == "teacher_layers" else read_model(student.model).shapes
+    if student.init == "teacher_layers" and alignment.tokenizer is not None:
+        shapes = _respelled(teacher, alignment.tokenizer)
     if shapes is None:
         return None, None
     kept: dict[str, int] = {}
@@ -108,6 +118,21 @@ def student_parameters(student: StudentSection, teacher: ModelFiles) -> tuple[in
         )
     parameters = sum(kept.values())
     return parameters + adapters, parameters - frozen + adapters
+
+
+def _respelled(files: ModelFiles, tokenizer: str) -> dict[str, list[int]] | None:
+    """Shapes of the model with a row of embedding and head for each token of another ``tokenizer``, a local one."""
+    rows = files.embedding_rows
+    if files.shapes is None or rows is None or not Path(tokenizer).exists():
+        return None
+    # Its libraries take longer to import than all else here.
+    from kdscale.data.tokenizer import load_tokenizer
+
+    own = load_tokenizer(tokenizer).vocab_size
+    return {
+        name: [own, *shape[1:]] if shape[:1] == [rows] and not _LAYER.search(name) else shape
+        for name, shape in files.shapes.items()
+    }
 
 
 def _finds(patterns: list[str], name: str) -> bool:
@@ -151,18 +176,20 @@ def item_bytes(dtype: Dtype, gpus_per_rank: int) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
-def host_memory(config: RunConfig, *, teacher: bool, student: bool, rollouts: bool = False) -> int | None:
-    """Bytes of host memory that the ranks on CPUs which are started need together for weights and model states; ``None``:
-    unknown.
+def host_memory(
+    config: RunConfig, teachers: Iterable[TeacherSection], *, student: bool, rollouts: bool = False
+) -> int | None:
+    """Bytes of host memory that the ranks on CPUs which are started need together for weights and model states, those of
+    ``teachers`` among them; ``None``: unknown.
 
-    The teacher's weights are counted once a replica, over its ranks, with the file that rank 0 maps while loading.
+    A teacher's weights are counted once a replica, over its ranks, with the file that rank 0 maps while loading.
     """
     files = read_model(config.teacher.model)
-    parameters, trained = student_parameters(config.student, files)
+    parameters, trained = student_parameters(config.student, files, config.alignment)
     if files.parameters is None or files.file_bytes is None or parameters is None or trained is None:
         return None
     needed = 0
-    for one in config.named_teachers.values() if teacher else ():
+    for one in teachers:
         theirs = read_model(one.model)
         if theirs.parameters is None or theirs.file_bytes is None:
             return None

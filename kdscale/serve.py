@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,8 +31,9 @@ def serve(job: Job, endpoints_file: Path) -> None:
     raise Stopped("the teacher was asked to")
 
 
-def join(job: Job, access_file: Path) -> None:
-    """Serve replicas of the teacher to the run that ``access_file`` opens, until it ends or we are asked to leave.
+def join(job: Job, access_file: Path, only: Sequence[str]) -> None:
+    """Serve replicas of the teacher to the run that ``access_file`` opens, until it ends or we are asked to leave; of several
+    teachers those of ``only`` these, or of all when that is empty.
 
     Raises: KdscaleError, Stopped.
     """
@@ -39,10 +41,11 @@ def join(job: Job, access_file: Path) -> None:
     prepared = prepare(job.config)
     with ExitStack() as stack:
         # Before anything is started: whether the run is there, and wants a teacher of this meaning.
-        registries = {name: RemoteRegistry(access, known.meaning, name) for name, known in prepared.teachers.items()}
+        joining = {name: known for name, known in prepared.teachers.items() if not only or name in only}
+        registries = {name: RemoteRegistry(access, known.meaning, name) for name, known in joining.items()}
         for registry in registries.values():
             stack.callback(registry.close)
-        slots = place(job, stack, student=False)
+        slots = place(job, stack, student=False, only=joining)
         prefix = f"joined-{secrets.token_hex(4)}-"
         teacher = start_replicas(job, prepared, slots, registries, access, prefix, stack)
         ready(job, teacher, None)

@@ -1,6 +1,6 @@
 """What a config amounts to, before anything starts: layout, batch arithmetic, memory, bandwidth.
 
-Reads config.json, tokenizer.json and safetensors headers only; what they don't tell is ``unknown``.
+Reads config.json, tokenizers and safetensors headers only; what they don't tell is ``unknown``.
 """
 
 import yaml
@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kdscale.config.schema import RunConfig
+from kdscale.data.trial import require_sound
 from kdscale.engine.settings import batch_cut, check_settings, student_dtype, topology_of
 from kdscale.estimate import (
     ModelFiles,
@@ -26,8 +27,15 @@ _REFERENCE_TOKENS_PER_SECOND = 10_000
 
 
 def show(config: RunConfig, console: Console) -> None:
-    """Print everything about ``config`` that can be known without starting it. Raises: ConfigError."""
+    """Print everything about ``config`` that can be known without starting it.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+        ModelError: the student's own tokenizer cannot be read.
+    """
     check_settings(config)
+    if config.alignment.tokenizer is not None:
+        require_sound(config.alignment.tokenizer)
     teachers = {name: read_model(one.model) for name, one in config.named_teachers.items()}
     teacher = next(iter(teachers.values()))
     console.print("[bold]config[/bold]")
@@ -103,7 +111,7 @@ def _memory(config: RunConfig, files: dict[str, ModelFiles]) -> Table:
         for what, size in teacher_memory(files[name], teacher.ranks, width).items():
             table.add_row(f"{label}: {what}", _size(size))
         table.add_row(f"{label}: parameters", _count(files[name].parameters))
-    parameters, trained = student_parameters(student, next(iter(files.values())))
+    parameters, trained = student_parameters(student, next(iter(files.values())), config.alignment)
     table.add_row("student: parameters", f"{_count(parameters)}, {_count(trained)} of them trained")
     if parameters is None or trained is None:
         table.add_row("student: model states per rank", UNKNOWN)
@@ -124,7 +132,7 @@ def _stream(config: RunConfig, teacher: ModelFiles) -> Table:
     if not config.loss.soft:
         table.add_row("payload", "none: loss.hard_weight = 1 trains on labels only")
         return table
-    unit = "token" if config.task == "language-modelling" else "example"
+    unit, a_unit = ("token", "a token") if config.task == "language-modelling" else ("example", "an example")
     outcomes = teacher.vocab_size if unit == "token" else teacher.num_classes
     if outcomes is None:
         table.add_row(f"bytes per {unit}", UNKNOWN)
@@ -146,7 +154,7 @@ def _stream(config: RunConfig, teacher: ModelFiles) -> Table:
         "dense": "all",
     }
     layers = f", layers {', '.join(map(str, spec.layers))} as {spec.layers_encoding}" if spec.layers else ""
-    table.add_row("payload", f"{names[spec.payload]} as {spec.encoding}{layers}, {most}{size} bytes a {unit}")
+    table.add_row("payload", f"{names[spec.payload]} as {spec.encoding}{layers}, {most}{size} bytes {a_unit}")
     table.add_row("a step", f"at most {_size(per_step)}")
     table.add_row("in flight, per student rank", f"at most {_size(in_flight)}")
     rate = _size(size * _REFERENCE_TOKENS_PER_SECOND)

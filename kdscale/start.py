@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -185,18 +185,21 @@ def end_at_once(job: Job, fault: PlacementError) -> None:
     os._exit(fault.exit_code)
 
 
-def place(job: Job, stack: ExitStack, *, student: bool = True, rollouts: bool = False) -> Slots:
+def place(
+    job: Job, stack: ExitStack, *, student: bool = True, rollouts: bool = False, only: Container[str] | None = None
+) -> Slots:
     """Join or start the cluster and reserve places on it; with ``rollouts`` also for who writes the student's text, where the
-    config has them. Raises: PlacementError."""
+    config has them, and of its teachers for ``only`` these. Raises: PlacementError."""
     config = job.config
     elsewhere = job.teacher_endpoints is not None or needs_no_teacher(config.targets)
+    served = {} if elsewhere else config.named_teachers
+    served = {name: one for name, one in served.items() if only is None or name in only}
     if config.cluster.address is None and not config.student.gpus_per_rank:
-        needed = host_memory(config, teacher=not elsewhere, student=student, rollouts=rollouts)
+        needed = host_memory(config, served.values(), student=student, rollouts=rollouts)
         if needed is not None:
             require_memory(needed, "what starts here (weights, and of a student gradients and optimizer)")
     job.display.phase("starting Ray" if config.cluster.address is None else "joining the Ray cluster")
-    asks = {name: [teacher_ask(teacher)] * teacher.replicas for name, teacher in config.named_teachers.items()}
-    teachers = {} if elsewhere else asks
+    teachers = {name: [teacher_ask(teacher)] * teacher.replicas for name, teacher in served.items()}
     students = [student_ask(config.student)] if student else []
     writers = [rollout_ask(config.on_policy)] if rollouts and config.on_policy is not None else []
     every = [*(ask for asked in teachers.values() for ask in asked), *students, *writers]
@@ -206,8 +209,8 @@ def place(job: Job, stack: ExitStack, *, student: bool = True, rollouts: bool = 
     def reserved(asks: list[Ask]) -> list[PlacementGroup]:
         return [stack.enter_context(reserve(ask, config.cluster.wait_seconds)) for ask in asks]
 
-    served = {name: reserved(asked) for name, asked in teachers.items()}
-    return Slots(served, next(iter(reserved(students)), None), next(iter(reserved(writers)), None))
+    groups = {name: reserved(asked) for name, asked in teachers.items()}
+    return Slots(groups, next(iter(reserved(students)), None), next(iter(reserved(writers)), None))
 
 
 def stop_on_signals(stop: threading.Event) -> None:
@@ -263,7 +266,7 @@ def start_replicas(
 ) -> OwnTeacher:
     """Let the replicas of all teachers load, to be known to their registries, which ``access`` opens. They are called
     ``replica-0``, ``replica-1``, ..., those of several teachers after their teacher, all behind ``prefix``."""
-    several = len(slots.teachers) > 1
+    several = len(prepared.teachers) > 1
     job.display.phase(f"loading the teachers {', '.join(slots.teachers)}" if several else "loading the teacher")
     teachers = []
     for name, groups in slots.teachers.items():

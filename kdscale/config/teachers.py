@@ -88,6 +88,14 @@ def require_one_teacher(config: "RunConfig", what: str) -> None:
         )
 
 
+def require_named(config: "RunConfig", given: Iterable[str], what: str) -> None:
+    """Whether the config has teachers of the ``given`` names. Raises: ConfigError."""
+    try:
+        _require_known(what, given, tuple(config.named_teachers))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def _require_routes(config: "RunConfig", names: tuple[str, ...]) -> None:
     teachers, data = config.teachers, config.data
     if data.teacher_column is None:

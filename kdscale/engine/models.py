@@ -48,11 +48,12 @@ def load_model(directory: str | Path, dtype: torch.dtype, task: Task) -> PreTrai
         )
     except (ValueError, KeyError, OSError, SafetensorError) as error:
         raise ModelError(f"{directory} cannot be loaded for {task}: {error}") from error
-    if task != "language-modelling" and info["missing_keys"]:
+    if info["missing_keys"]:
         # transformers would draw a head at random, and go on.
-        raise ModelError(
-            f"{directory} holds no classifier: {sorted(info['missing_keys'])[:3]} are missing; fine-tune it first"
-        )
+        what, way_out = ("classifier", "fine-tune it first")
+        if task == "language-modelling":
+            what, way_out = "language model", "name one that has all its weights"
+        raise ModelError(f"{directory} holds no {what}: {sorted(info['missing_keys'])[:3]} are missing; {way_out}")
     _without_cache(model)
     return model
 

@@ -64,18 +64,24 @@ class TeacherView:
 def teacher_view(
     batches: list[Batch], source: TargetSource, head: Head, in_flight: int, device: torch.device
 ) -> TeacherView:
-    """Ask the served teacher for its hidden states on ``batches``; ``head`` is its head.
+    """Ask the served teacher for its hidden states on ``batches``; ``head`` is its head. Of a batch in which nothing counts it is
+    not asked: no recording holds it.
 
     Raises:
-        StreamError, IdentityError: what the source raises.
+        StreamError, IdentityError, CoverageError: what the source raises.
     """
-    prefetcher = Prefetcher(source, ((batch, HIDDEN) for batch in batches), in_flight)
+    counting = [batch for batch in batches if batch.asked.num_tokens]
+    prefetcher = Prefetcher(source, ((batch, HIDDEN) for batch in counting), in_flight)
     try:
-        fetched = [prefetcher.next().targets for _ in batches]
+        fetched = [prefetcher.next().targets for _ in counting]
     finally:
         prefetcher.close()
     head = head.to(device)
-    targets = [one.each(lambda tensor: tensor.to(device)) for one in fetched if isinstance(one, HiddenTargets)]
+    answers = iter([one.each(lambda tensor: tensor.to(device)) for one in fetched if isinstance(one, HiddenTargets)])
+    width = head.weight_VD.shape[1]
+    nothing = HiddenTargets(torch.zeros(0, dtype=torch.int32), torch.zeros(0, width, dtype=torch.bfloat16))
+    nothing = nothing.each(lambda tensor: tensor.to(device))
+    targets = [next(answers) if batch.asked.num_tokens else nothing for batch in batches]
     nll = sum(float(scored(one.hidden_TD, head, one.labels_T, None, None)[0]) for one in targets)
     return TeacherView(batches, targets, head, nll, _right(batches, [one.hidden_TD for one in targets], head))
 

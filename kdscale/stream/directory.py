@@ -147,7 +147,10 @@ class DirectoryServer(fl.FlightServerBase):
     def _meaning(self, teacher: str) -> Meaning:
         """Raises: IdentityError."""
         if teacher not in self._meanings:
-            raise IdentityError(f"no teacher is called {teacher!r} here; there are {', '.join(self._meanings)}")
+            raise IdentityError(
+                f"no teacher is called {teacher!r} here; there are {', '.join(self._meanings)}: name the teachers as the config"
+                " of who serves them does (teachers.main, teachers.others)"
+            )
         return self._meanings[teacher]
 
     def _listing(self, fields: dict[str, Any]) -> dict[str, Any]:

@@ -229,7 +229,9 @@ class StudentJob:
         """Canary and quality of the student as it was built, without training. Raises: any KdscaleError."""
         _, corpus = self._data()
         source = self._source(access, corpus)
-        report, held_out = self._check_teacher(self._held_out(corpus)[0], corpus, source)
+        # As before training: of held-out rows a recording has no targets of the payload.
+        loader = make_loader(corpus.train, self._config.data, batch_cut(self._config).rows, self._config.run.seed)
+        report, held_out = self._check_teacher(loader.batch(0), corpus, source)
         if held_out is None:
             raise ConfigError("evaluate.quality = false leaves nothing to evaluate; set it to true")
         self._phase("measuring the student")

@@ -1,6 +1,7 @@
 """A whole training run on real ranks without Ray: tiny student under DeepSpeed, tiny teacher in the same process."""
 
 import copy
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,23 +16,29 @@ from kdscale.config.schema import RunConfig
 from kdscale.config.sections import LoraSection
 from kdscale.data.loader import Loader
 from kdscale.engine import checkpoint, process
+from kdscale.engine.described import width_of
 from kdscale.engine.export import load_checkpoint_weights
 from kdscale.engine.fragments import index_files
+from kdscale.engine.layers import PROJECTED, caught_layers
 from kdscale.engine.lora import add_adapters
 from kdscale.engine.models import freeze
 from kdscale.engine.restore import restore
 from kdscale.engine.saver import Saver
 from kdscale.engine.settings import batch_cut, student_settings, topology_of
+from kdscale.engine.shards import Shards
 from kdscale.metrics import StepMetrics
 from kdscale.spec import TargetSpec
+from kdscale.student.layers import LayerLoss
 from kdscale.student.layout import DataParallelStudent, PipelineStudent
 from kdscale.student.saving import Saving
 from kdscale.student.step import MicroBatch, Signals, Step, StepResult
 from kdscale.student.trainer import Totals, Trainer
+from kdscale.targets.payloads import with_layers
 from tests.conftest import FAMILIES, PADDED_VOCAB, make_model
 from tests.properties.test_packing_properties import Documents
 from tests.targets import topk_of_logits
 
+PAIRS = {0: 1, 1: 2, 2: 4}
 COLUMNS, ROWS, VOCAB = 24, 4, PADDED_VOCAB - 9
 DOCUMENTS = [9, 15] * 10
 """Ten full rows of two documents: an epoch is two and a half steps."""
@@ -51,6 +58,8 @@ class Case:
     frozen: str = ""
     lora: bool = False
     """Adapters with dropout on a base that is the same in every run."""
+    layers: bool = False
+    """Learns from inside the teacher, beside its soft targets."""
     soft: bool = True
     steps: int = 6
     until: int = 0
@@ -79,6 +88,7 @@ class Case:
                 "loss": {
                     "hard_weight": 0.3 if self.soft else 1.0,
                     "temperature": {"shape": "linear", "start": 2.0, "end": 1.0},
+                    "layers": {"pairs": PAIRS} if self.layers else None,
                 },
                 "train": {
                     "steps": self.steps,
@@ -109,13 +119,17 @@ class LocalTeacher:
 
     def __init__(self) -> None:
         self._model = make_model("llama", seed=7)
+        # Layers are caught by hooks of the one model, and a student asks from several threads.
+        self._alone = threading.Lock()
 
     @torch.no_grad()
     def fetch(self, batch: TokenBatch, spec: TargetSpec) -> SoftTargets:
         ids, positions = (torch.from_numpy(one).long() for one in (batch.ids_RL, batch.positions_RL))
-        logits = self._model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        logits_TV = logits[torch.from_numpy(batch.predicts_RL)][:, :VOCAB]
-        targets = topk_of_logits(logits_TV, spec.k, spec.temperature, torch.float32)
+        trained_RL = torch.from_numpy(batch.predicts_RL)
+        with self._alone, caught_layers(self._model, spec.layers) as caught:
+            logits = self._model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        targets = topk_of_logits(logits[trained_RL][:, :VOCAB], spec.k, spec.temperature, torch.float32)
+        targets = with_layers(targets, [caught[layer][trained_RL] for layer in spec.layers])
         return replace(targets, labels_T=torch.from_numpy(batch.labels()))
 
 
@@ -206,7 +220,10 @@ class TinyRun:
         if case.pipeline > 1:
             self.student = PipelineStudent(model, VOCAB, chunk_bytes, settings, self._topology, rank)
         else:
-            self.student = DataParallelStudent(model, VOCAB, chunk_bytes, settings, rank)
+            layers = config.loss.layers and LayerLoss(
+                config.loss.layers, model, width_of(model.config), config.run.seed
+            )
+            self.student = DataParallelStudent(model, VOCAB, chunk_bytes, settings, rank, layers=layers)
         self.start = 0
         self.rows: list[list[int]] = []
         """What this rank trained on, see ``Watched``."""
@@ -229,6 +246,19 @@ class TinyRun:
             # Where the dtypes differ, one is a rounding of the other.
             dtype = min(weight.dtype, state[name].dtype, key=lambda one: one.itemsize)
             assert torch.equal(weight.to(dtype), state[name].to(dtype)), f"{self.case.name}: {name}"
+        if self.case.lora:
+            self._assert_holds_adapters(Shards(found.directory))
+
+    def _assert_holds_adapters(self, shards: Shards) -> None:
+        """And projections that have learned, and nothing else."""
+        adapters = {name for name in shards.names if "lora_" in name}
+        projections = set(shards.names) - adapters
+        pairs = range(len(PAIRS) if self.case.layers else 0)
+        assert projections == {f"{PROJECTED}.projections.{number}.weight" for number in pairs}
+        assert adapters < dict(self.student.model.named_parameters()).keys()
+        for name in projections:
+            learned = shards.read(name, "master")
+            assert not torch.equal(learned, torch.eye(*learned.shape)), f"{self.case.name}: {name}"
 
     def train(self, root: Path | None = None, interrupt: tuple[int, Callable[[], None]] | None = None) -> list[dict]:
         """Train from where it stands to the end, saving below ``root``; the metrics of the steps, but for times."""

@@ -1,6 +1,7 @@
 """Classifiers of images and of texts by the road of language models: Ray, Flight, DeepSpeed, exact resume, export."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import Result
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
 
+from kdscale.cli import app
 from kdscale.data.images import Pixels
+from kdscale.errors import KdscaleError
 from tests.classes import make_classifier, save_classifier, task_of, write_digits, write_topics
 from tests.distributed.launch import run_ranks
 from tests.modes import class_ranks
-from tests.runs import assert_nothing_left, run, start, wait_for_step, write_config
+from tests.runs import assert_nothing_left, run, start, wait_for_file, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -125,25 +130,79 @@ def trained_undisturbed(tmp_path: Path, family: str) -> Path:
     return config
 
 
+def weights(student: Path) -> dict[str, torch.Tensor]:
+    return load_file(student / "model.safetensors")
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def assert_commands_without_ranks(config: Path, tmp_path: Path) -> None:
+    """What needs neither teacher nor student to run, of the run that has been trained."""
+    directory, again = tmp_path / "runs" / "whole", tmp_path / "again"
+    summary = json.loads((directory / "summary.json").read_text())
+
+    def command(*arguments: str) -> Result:
+        return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*arguments])
+
+    # The checkpoint's student is the run's, and is read like it.
+    assert command("export", str(directory), "--out", str(again)).exit_code == 0
+    assert_same(weights(again), weights(directory / "student"))
+    names = {path.name for path in (directory / "student").iterdir()}
+    assert {path.name for path in again.iterdir()} == names
+    # transformers notes in one file whether it may ask the hub, which is this process's matter.
+    for beside in names - {"model.safetensors", "tokenizer_config.json"}:
+        assert (again / beside).read_bytes() == (directory / "student" / beside).read_bytes(), beside
+    said = command("show", str(config)).output
+    assert f"all as float32, {summary['bytes_per_token']:g} bytes an example" in said
+    assert f"{summary['tokens_trained']} in 24 steps" in said
+    size = 4 * sum(one.numel() for one in weights(again).values())
+    assert re.search(rf"student: weights per rank +│ +{size / 1024:.1f} KiB", said), said
+
+    before = {*directory.iterdir()}
+    for arguments, refusal in (
+        (["export", str(directory), "--format", "gguf"], "a GGUF file is a language model"),
+        (["export", str(again), "--format", "gguf"], "only causal language models can be written so"),
+        (["probe", str(config)], "targets.payload: dense is exact and small; nothing to probe"),
+    ):
+        error = command(*arguments).exception
+        assert isinstance(error, KdscaleError), error
+        assert refusal in str(error)
+    assert {*directory.iterdir()} == before
+
+
 def test_text_classification_from_end_to_end(tmp_path: Path):
-    trained_undisturbed(tmp_path, "bert")
+    assert_commands_without_ranks(trained_undisturbed(tmp_path, "bert"), tmp_path)
 
 
 def test_image_classification_from_end_to_end(tmp_path: Path):
-    """Undisturbed; then the same killed and gone on with: equal to the last bit."""
+    """Undisturbed; then from a recording of the teacher, killed and gone on with: equal to the last bit."""
     config, log, runs = trained_undisturbed(tmp_path, "vit"), tmp_path / "log", tmp_path / "runs"
-    process = start("train", str(config), "run.name=killed", log=log)
-    wait_for_step(runs / "killed", 13, process, log)
+    assert_commands_without_ranks(config, tmp_path)
+    assert run("record", str(config), str(tmp_path / "out"), log=log) == 0, log.read_text()
+    recorded = ("targets.source=recording", f"targets.recording={tmp_path / 'out'}")
+    process = start("train", str(config), "run.name=killed", *recorded, log=log)
+    wait_for_file(runs / "killed" / "checkpoints" / "step-10" / "MANIFEST.json", process, log)
     process.kill()
     process.wait()
     assert_nothing_left(within_s=15)
     assert len(lines(runs / "killed")) < 24
-    assert run("train", str(config), "run.name=killed", log=log) == 0, log.read_text()
-    assert "going on from step 1" in log.read_text()
+    assert run("train", str(config), "run.name=killed", *recorded, log=log) == 0, log.read_text()
+    assert "going on from step" in log.read_text()
     assert lines(runs / "killed") == lines(runs / "whole")
-    ours, theirs = (load_file(runs / name / "student" / "model.safetensors") for name in ("whole", "killed"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_same(weights(runs / "killed" / "student"), weights(runs / "whole" / "student"))
+    live, without = (json.loads((runs / name / "summary.json").read_text()) for name in ("whole", "killed"))
+    assert without["teacher_ranks"] == 0
+    for measure in ("kl_before", "kl_after", "accuracy_teacher", "accuracy_after"):
+        assert without[measure] == live[measure], measure
+
+    assert run("eval", str(config), "run.name=killed", *recorded, log=log) == 0, log.read_text()
+    found = json.loads((runs / "killed" / "evaluation.json").read_text())
+    for measure, called in (("kl",) * 2, ("top1_agreement",) * 2, ("accuracy", "accuracy_student")):
+        assert found[called] == live[f"{measure}_after"], measure
+    assert found["canary"].startswith("ok: ")
     assert_nothing_left()
 
 

@@ -1,4 +1,4 @@
-"""Students of adapters, end to end: trained, saved, gone on with, exported, and deployed."""
+"""Students of adapters, end to end: trained (also from inside the teacher), saved, gone on with, exported, and deployed."""
 
 import json
 from pathlib import Path
@@ -34,22 +34,26 @@ def test_from_adapters_to_a_file_to_deploy(tmp_path: Path, text_dir: Path):
     student = {"layers": [0, 3], "lora": lora, "dtype": "float32", "parallel": {"data": 2}}
     fields = {"train": {"steps": 12, "batch_rows": 4, "micro_rows": 2, "lr": 2e-2}, "student": student}
     fields |= {"deepspeed": {"zero_optimization": {"stage": 3}}, "export": {"shard_gib": 5e-5}}
+    fields |= {"loss": {"layers": {"pairs": {1: 2, 2: 4}}}}
     config = write_config(tmp_path, teacher, text_dir, run={"deterministic": True}, **fields)
     log, tiny = tmp_path / "log", tmp_path / "runs" / "tiny"
     assert run("train", str(config), log=log) == 0, log.read_text()
 
     summary = json.loads((tiny / "summary.json").read_text())
-    adapters = 2 * 2 * (2 * 64 + 2 * 48 + 3 * 96)
+    adapters, projections = 2 * 2 * (2 * 64 + 2 * 48 + 3 * 96), 2 * 32 * 32
     assert summary["student_parameters_trained"] == adapters
     assert summary["kl_after"] < 0.9 * summary["kl_before"]
     assert summary["export_max_logit_difference"] < 1e-3
-    # Adapters with two moments each, and nothing of the base that they stand on.
+    layer_losses = [json.loads(line)["layer_loss"] for line in (tiny / "metrics.jsonl").read_text().splitlines()]
+    assert layer_losses[-1] < 0.9 * layer_losses[0]
+    # Adapters and projections with two moments each, and nothing of the base that they stand on.
     saved = sum(elements(load_shard(file)) for file in (tiny / "checkpoints" / "step-12" / "shards").glob("*.pt"))
-    assert 3 * adapters <= saved < 4 * adapters < summary["student_parameters"] - adapters
+    trained = adapters + projections
+    assert 3 * trained <= saved < 4 * trained < summary["student_parameters"] - adapters
     student_dir = tiny / "student"
     assert len(list(student_dir.glob("*.safetensors"))) > 1
     exported = {name: value for file in student_dir.glob("*.safetensors") for name, value in load_file(file).items()}
-    assert not [name for name in exported if "lora" in name or "base_layer" in name]
+    assert not [name for name in exported if "lora" in name or "base_layer" in name or "projection" in name]
 
     # A checkpoint's export is the run's, to the last bit.
     assert run("export", str(tiny), "--out", str(tmp_path / "again"), log=log) == 0, log.read_text()

@@ -2,10 +2,13 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from kdscale.stream.directory import list_endpoints
+from kdscale.stream.protocol import Access, call, connect
 from tests.conftest import documents, make_colleague
 from tests.runs import assert_nothing_left, finish, run, start, wait_for_file, write_config
 
@@ -74,7 +77,8 @@ def test_each_document_has_its_teacher(tmp_path: Path, teacher_dir: Path):
 
 
 def test_a_mixture_of_teachers_served_elsewhere(tmp_path: Path, teacher_dir: Path, text_dir: Path):
-    """One directory for both; who asks for another mixture of names is told which there are."""
+    """One directory for both, and for one that joins beside one of them; who asks for another mixture of names is told which
+    there are."""
     other = make_colleague(tmp_path / "other", seed=5)
     config = write_config(
         tmp_path,
@@ -92,12 +96,24 @@ def test_a_mixture_of_teachers_served_elsewhere(tmp_path: Path, teacher_dir: Pat
     endpoints, log, teacher_log = tmp_path / "teacher.json", tmp_path / "log", tmp_path / "teacher.log"
     teacher = start("teacher", str(config), "--write", str(endpoints), log=teacher_log)
     wait_for_file(endpoints, teacher, teacher_log)
+    join_log = tmp_path / "join.log"
+    joiner = start("teacher", str(config), "--join", str(endpoints), "--only", "right", log=join_log)
+    access = Access.load(endpoints)
+    while len(found := list_endpoints(access, "right").endpoints) < 2:
+        assert joiner.poll() is None, join_log.read_text()
+        time.sleep(0.2)
+    assert len(list_endpoints(access, "main").endpoints) == 1
     assert run("train", str(config), "--teacher-endpoints", str(endpoints), log=log) == 0, log.read_text()
     summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
     main, right = summary["teachers"]["main"], summary["teachers"]["right"]
     assert main["targets"] == right["targets"] > summary["tokens_trained"]
     assert summary["kl_after"] < summary["kl_before"]
     assert summary["canary"].count("ok: ") == 2
+    for endpoint in found:
+        with connect(endpoint.address, access.credentials) as client:
+            assert call(client, "stats", access.token, 10)["tokens"] > 0, f"{endpoint.replica} was not asked"
+    joiner.send_signal(signal.SIGTERM)
+    assert finish(joiner, join_log) == 130, join_log.read_text()
     renamed = ["teachers.others={left: {model: " + str(other) + "}}", "teachers.weights={main: 0.5, left: 0.5}"]
     assert run("train", str(config), *renamed, "--teacher-endpoints", str(endpoints), "run.name=x", log=log) == 1
     assert "no teacher is called 'left' here; there are main, right" in log.read_text()

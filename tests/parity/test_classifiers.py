@@ -113,6 +113,15 @@ def test_a_directory_without_classifier_is_refused(tmp_path: Path):
         load_model(tmp_path, torch.float32, "sequence-classification")
 
 
+def test_a_classifier_is_no_language_model(tmp_path: Path):
+    """Its head is another one; where the embedding is the language model's head, that is all there."""
+    save_classifier(tmp_path / "untied", "qwen2")
+    with pytest.raises(ModelError, match=r"holds no language model: .'lm_head.weight'. are missing; name one"):
+        load_model(tmp_path / "untied", torch.float32, "language-modelling")
+    save_classifier(tmp_path / "tied", "llama")
+    load_model(tmp_path / "tied", torch.float32, "language-modelling")
+
+
 def test_config_students_take_the_teachers_inputs_and_classes(tmp_path: Path):
     directory = save_classifier(tmp_path, "vit")
     fields = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 4}

@@ -1,14 +1,22 @@
+import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from kdscale.config import RunConfig
+from kdscale.config.alignment import AlignmentSection
 from kdscale.config.sections import StudentSection
+from kdscale.data.pairs import TokenizerPair
+from kdscale.data.tokenizer import load_tokenizer
 from kdscale.engine.models import build_student
 from kdscale.estimate import host_memory, read_model, student_parameters
-from tests.conftest import PADDED_VOCAB, make_model
+from kdscale.show import show
+from tests.conftest import PADDED_VOCAB, make_model, make_tokenizer
+from tests.pairs import make_pair, make_vocabulary
 
 
 def test_only_what_starts_here_needs_memory_here(teacher_dir: Path):
@@ -18,15 +26,15 @@ def test_only_what_starts_here_needs_memory_here(teacher_dir: Path):
         "student": {"layers": [0, 1], "dtype": "float32"},
     }
     config = RunConfig.model_validate(fields)
-    both = host_memory(config, teacher=True, student=True)
-    teacher, student = (host_memory(config, teacher=one, student=not one) for one in (True, False))
+    both = host_memory(config, [config.teacher], student=True)
+    teacher, student = host_memory(config, [config.teacher], student=False), host_memory(config, [], student=True)
     assert both is not None
     assert teacher is not None
     assert student is not None
     assert both == teacher + student
     assert min(teacher, student) > 0
     fields["teacher"]["replicas"] = 3
-    three = host_memory(RunConfig.model_validate(fields), teacher=True, student=False)
+    three = host_memory(config, [RunConfig.model_validate(fields).teacher], student=False)
     assert three is not None
     # The file that is mapped while loading is counted once.
     assert teacher < three < 3 * teacher
@@ -46,7 +54,50 @@ def test_parameters_are_those_of_the_student_that_is_built(fields: dict[str, Any
     built = list(build_student(student, teacher_dir, torch.float32).parameters())
     trained = [parameter for parameter in built if parameter.requires_grad]
     expected = tuple(sum(parameter.numel() for parameter in some) for some in (built, trained))
-    assert student_parameters(student, read_model(str(teacher_dir))) == expected
+    assert student_parameters(student, read_model(str(teacher_dir)), AlignmentSection()) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {"freeze": ["embed_tokens"]}),
+        ("qwen2", {"lora": {"rank": 2, "whole": ["lm_head"]}}),
+        ("gpt2", {"freeze": ["wte"]}),
+    ],
+)
+def test_a_student_is_counted_with_its_own_vocabulary(
+    family: str, fields: dict[str, Any], tmp_path: Path, text_dir: Path
+):
+    teacher_dir = make_tokenizer(tmp_path / "teacher", every_byte=True)
+    make_model(family).save_pretrained(teacher_dir)
+    vocabulary = make_vocabulary(text_dir, tmp_path / "own.model")
+    student, pair = StudentSection.model_validate({"layers": [1, 0], **fields}), make_pair(vocabulary, teacher_dir)
+    built = list(build_student(student, teacher_dir, torch.float32, pair=pair).parameters())
+    trained = [parameter for parameter in built if parameter.requires_grad]
+    expected = tuple(sum(parameter.numel() for parameter in some) for some in (built, trained))
+    files, alignment = read_model(str(teacher_dir)), AlignmentSection(method="gold", tokenizer=str(vocabulary))
+    assert student_parameters(student, files, alignment) == expected
+    assert student_parameters(student, files, AlignmentSection()) < expected, "the teacher's is smaller"
+    missing = AlignmentSection(method="gold", tokenizer=str(tmp_path / "not-made-yet.model"))
+    assert student_parameters(student, files, missing) == (None, None)
+
+    # What `kdscale show` says, of a tokenizer in a directory.
+    own = make_tokenizer(tmp_path / "own", vocab_size=310, every_byte=True)
+    config = RunConfig.model_validate(
+        {
+            "data": {"train": ["x"]},
+            "teacher": {"model": str(teacher_dir)},
+            "student": {"layers": [1, 0], "dtype": "float32", **fields},
+            "alignment": {"method": "gold", "tokenizer": str(own)},
+        }
+    )
+    pair = TokenizerPair(load_tokenizer(str(own)), pair.teacher)
+    built = list(build_student(student, teacher_dir, torch.float32, pair=pair).parameters())
+    size = 4 * sum(parameter.numel() for parameter in built)
+    with Console(width=200, file=io.StringIO()) as console:
+        show(config, console)
+    said = console.file.getvalue()
+    assert re.search(rf"student: weights per rank +│ +{size / 1024:.1f} KiB", said), said
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

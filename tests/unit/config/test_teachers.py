@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from kdscale.cli import app
 from kdscale.config import load_config
 from kdscale.config.teachers import require_one_teacher
 from kdscale.errors import ConfigError
@@ -43,6 +45,20 @@ def test_teachers_have_names_and_sections(file: Path):
     require_one_teacher(alone, "this")
     with pytest.raises(ConfigError, match="kdscale record asks one teacher, and there are general, code"):
         require_one_teacher(config, "kdscale record")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "code"], "--only code goes with --join"),
+        (["--join", "{file}", "--only", "expert"], "--only: no teacher is called expert; there are general, code"),
+    ],
+)
+def test_who_joins_names_teachers_of_the_config(file: Path, arguments: list[str], message: str):
+    given = [one.format(file=file) for one in arguments]
+    result = CliRunner().invoke(app, ["teacher", str(file), *given])
+    assert isinstance(result.exception, ConfigError)
+    assert message in str(result.exception)
 
 
 @pytest.mark.parametrize(

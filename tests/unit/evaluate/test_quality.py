@@ -33,6 +33,7 @@ class Source:
 
     def fetch(self, batch: Batch, spec: TargetSpec) -> SoftTargets:
         assert spec.payload == "hidden"
+        assert batch.num_tokens, "asked about a batch in which nothing counts, which is in no recording"
         return HiddenTargets(torch.from_numpy(batch.labels()), hidden_of(batch, 1).bfloat16())
 
 

@@ -13,7 +13,7 @@ import torch
 from kdscale.config.teachers import ALONE
 from kdscale.errors import IdentityError, StreamError
 from kdscale.spec import TargetSpec
-from kdscale.stream.directory import LEASE_S, DirectoryClient, list_endpoints
+from kdscale.stream.directory import LEASE_S, DirectoryClient, DirectoryServer, list_endpoints
 from kdscale.stream.joining import RemoteRegistry
 from kdscale.stream.protocol import Access, Endpoint
 from kdscale.stream.server import TargetServer
@@ -99,6 +99,25 @@ def test_only_the_same_teacher_may_join(teacher: Teacher):
     client.ask("leave", replica="replica-0")
     assert client.listing().endpoints == [teacher.endpoint()], "none of these changed anything"
     client.close()
+
+
+def test_who_joins_says_which_teacher_it_is_of(teacher: Teacher):
+    meanings = {"left": teacher.meaning, "right": replace(teacher.meaning, teacher="another")}
+    directory = DirectoryServer("127.0.0.1", 0, TOKEN, meanings)
+    here = Access(directory.address, TOKEN)
+    registry = RemoteRegistry(here, meanings["right"], "right")
+    registry.publish(ELSEWHERE.replica, [ELSEWHERE])
+    assert list_endpoints(here, "right").endpoints == [ELSEWHERE]
+    assert list_endpoints(here, "left").endpoints == [], "the other one's requests don't reach it"
+    registry.close()
+    assert list_endpoints(here, "right").endpoints == []
+    with pytest.raises(IdentityError, match="teacher"):
+        RemoteRegistry(here, meanings["right"], "left")
+    with pytest.raises(
+        IdentityError, match=r"no teacher is called 'teacher' here; there are left, right: .*teachers\.main"
+    ):
+        RemoteRegistry(here, meanings["left"])
+    directory.shutdown()
 
 
 def test_what_vanishes_is_not_waited_for(teacher: Teacher):

@@ -110,9 +110,7 @@ def teacher(
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(
-            help="with --join, of several teachers: the name of one to add replicas of (default: all of them)"
-        ),
+        typer.Option(help="with --join: the name of one of several teachers to add replicas of (default: all)"),
     ] = None,
 ) -> None:
     """Serve the config's teacher for runs elsewhere, until Ctrl-C."""
@@ -261,9 +259,7 @@ def export(
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(
-            help="text to measure what rounding costs on (default: the run's held-out text), as data.heldout takes it"
-        ),
+        typer.Option(help="as data.heldout: text to measure what rounding costs on (default: the run's held-out text)"),
     ] = None,
 ) -> None:
     """Write a checkpoint's student as a Hugging Face model directory, or it or any model directory as a GGUF file or in int8."""
@@ -274,20 +270,17 @@ def export(
     is_model = (source / "config.json").is_file()
     if is_model and (form == "hf" or overrides or checkpoint != "auto"):
         raise ConfigError(f"{source} is a model directory: all there is to do with it is --format gguf or int8")
-    settings = None if is_model else load_config(source / "config.yaml" if source.is_dir() else source, overrides)
+    model = source if is_model else load_config(source / "config.yaml" if source.is_dir() else source, overrides)
+    from kdscale.deploy import to_gguf, to_int8
+    from kdscale.offline import export_checkpoint
+
     with Console(stderr=True).status("exporting"):
-        if form != "hf":
-            from kdscale.deploy import to_gguf, to_int8
-
-            model = source if settings is None else settings
-            made = (
-                to_gguf(model, checkpoint, out, kind, text) if form == "gguf" else to_int8(model, checkpoint, out, text)
-            )
-            print(made.line())
-        elif settings is not None:
-            from kdscale.offline import export_checkpoint
-
-            print(export_checkpoint(settings, checkpoint, out))
+        if form == "gguf":
+            print(to_gguf(model, checkpoint, out, kind, text).line())
+        elif form == "int8":
+            print(to_int8(model, checkpoint, out, text).line())
+        elif isinstance(model, RunConfig):
+            print(export_checkpoint(model, checkpoint, out))
 
 
 @app.command(epilog="Examples:  kdscale show configs/quickstart.yaml  |  kdscale show my.yaml teacher.ranks=8")

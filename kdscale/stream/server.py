@@ -7,6 +7,7 @@ import json
 import queue
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -152,12 +153,27 @@ class TargetServer(fl.FlightServerBase):
 
 
 def _write(writer: fl.MetadataRecordBatchWriter, header: Header, targets: SoftTargets) -> None:
-    """Send the answer in parts. Each one's metadata says what it is; the last one's also how much the whole is."""
+    """Send the answer in parts, and make each while the one before it is sent."""
+    total = len(targets)
+    rows = max(1, _PART_BYTES * max(1, total) // max(1, sum(tensor.nbytes for tensor in targets.tensors())))
+    parts = _parts(header, targets, rows)
+    if total <= rows:
+        writer.write_with_metadata(*next(parts))
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="encode") as beside:
+        coming = beside.submit(next, parts, None)
+        while (part := coming.result()) is not None:
+            coming = beside.submit(next, parts, None)
+            writer.write_with_metadata(*part)
+
+
+def _parts(header: Header, targets: SoftTargets, rows: int) -> Iterator[tuple[pa.RecordBatch, bytes]]:
+    """Record batches of at most ``rows`` positions, each with metadata that say what it is; the last one's also how much the
+    whole is."""
     kind = (header.spec, header.meaning.vocab_size, header.meaning.hidden_size)
     schema, schema_raw = target_schema(*kind), schema_bytes(*kind)
     digest = xxhash.xxh3_128()
     total = len(targets)
-    rows = max(1, _PART_BYTES * max(1, total) // max(1, sum(tensor.nbytes for tensor in targets.tensors())))
     for sequence, start in enumerate(range(0, max(total, 1), rows)):
         part = targets if total <= rows else targets.cut(slice(start, start + rows))
         batch = encode(part, header.spec, schema, header.meaning.vocab_size)
@@ -166,7 +182,7 @@ def _write(writer: fl.MetadataRecordBatchWriter, header: Header, targets: SoftTa
             meta |= {"end": total, "digest": digest.hexdigest()}
         meta["checksum"] = arrow.checksum(batch, schema_raw, meta)
         digest.update(meta["checksum"].encode())
-        writer.write_with_metadata(batch, json.dumps(meta).encode())
+        yield batch, json.dumps(meta).encode()
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from kdscale.batch import Batch
 from kdscale.compare import Comparison, compare, heldout_rows, require_same, sample_rows, text_rows, view
+from kdscale.config.hardware import cpu_sums_int8
 from kdscale.config.schema import RunConfig
 from kdscale.config.sections import ExportSection, GgufType
 from kdscale.data.tokenizer import load_tokenizer
@@ -137,7 +138,7 @@ def export_int8(directory: Path, out: Path, batches: list[Batch] | None, shard_b
 
     Raises:
         ModelError: a family that is not supported, or quantised already; or what was written is not the model.
-        ConfigError: torchao is missing, there is nothing to measure on, or ``out`` is something else than an export.
+        ConfigError: torchao or VNNI is missing, there is nothing to measure on, or ``out`` is something else than an export.
     """
     fields = load_config(directory)
     require_language_model(fields, directory)
@@ -145,6 +146,11 @@ def export_int8(directory: Path, out: Path, batches: list[Batch] | None, shard_b
     if batches is None:
         raise _unmeasured("--format int8")
     _require_replaceable(out, directory)
+    if not cpu_sums_int8():
+        raise ConfigError(
+            "--format int8: sums of int8 products overflow on this processor, which has no VNNI, so that what is written could not be"
+            " compared with the model; export on one that has it, or use --format gguf --type q8_0"
+        )
     vocab_size = load_tokenizer(str(directory)).vocab_size
     own = stored_dtype(fields)
     staging = staged(out)

@@ -11,6 +11,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from kdscale.config.hardware import cpu_sums_int8
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
@@ -28,6 +30,9 @@ CHAT_TEMPLATE = (
 )
 PADDED_VOCAB = 320
 """Rows of the tiny models' embeddings; the tokenizer has fewer ids."""
+
+
+needs_int8 = pytest.mark.skipif(not cpu_sums_int8(), reason="int8 sums overflow on a processor without VNNI")
 
 
 def documents(count: int) -> list[str]:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kdscale import deploy
 from kdscale.compare import text_rows
+from kdscale.config.hardware import cpu_sums_int8
 from kdscale.deploy import export_gguf, export_int8, to_gguf, to_int8
 from kdscale.errors import ConfigError, ModelError
-from tests.conftest import documents, make_model, make_tokenizer
+from tests.conftest import documents, make_model, make_tokenizer, needs_int8
 
 
 @pytest.fixture
@@ -69,12 +71,21 @@ def test_what_is_no_longer_the_model_is_not_kept(model_dir: Path, text: list[str
     lost = r"likeliest token is the model's in 0\.\d+ of \d+ positions .* nothing was kept"
     with pytest.raises(ModelError, match=rf"{lost}\. Use --type f16 or bf16"):
         export_gguf(model_dir, out, "q8_0", text_rows(text, model_dir))
-    with pytest.raises(ModelError, match=rf"{lost}\. Keep it as it is"):
-        to_int8(model_dir, "auto", None, text)
+    if cpu_sums_int8():
+        with pytest.raises(ModelError, match=rf"{lost}\. Keep it as it is"):
+            to_int8(model_dir, "auto", None, text)
     assert set(model_dir.parent.iterdir()) == before
     assert to_gguf(model_dir, "auto", out, None, text).top1_agreement == 1
 
 
+def test_int8_needs_a_processor_that_adds_it_up(model_dir: Path, text: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(deploy, "cpu_sums_int8", lambda: False)
+    with pytest.raises(ConfigError, match=r"which has no VNNI, .* use --format gguf --type q8_0"):
+        to_int8(model_dir, "auto", None, text)
+    assert {path.name for path in model_dir.parent.iterdir()} == {"small", "text.txt"}
+
+
+@needs_int8
 def test_int8_is_measured(model_dir: Path, text: list[str]):
     report = to_int8(model_dir, "auto", None, text)
     out = model_dir.with_name("small-int8")

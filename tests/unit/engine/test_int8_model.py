@@ -14,7 +14,7 @@ from kdscale.engine import int8_model
 from kdscale.engine.int8_model import load_int8, require_int8, write_int8
 from kdscale.engine.models import build_student
 from kdscale.errors import ConfigError, ModelError
-from tests.conftest import FAMILIES, make_model, make_tokenizer
+from tests.conftest import FAMILIES, make_model, make_tokenizer, needs_int8
 
 IDS = torch.arange(40).unsqueeze(0) * 7 % 300
 
@@ -27,6 +27,7 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@needs_int8
 @pytest.mark.parametrize("family", sorted(int8_model._FAMILIES))
 @torch.no_grad()
 def test_what_is_read_again_is_the_model_rounded(family: str, tmp_path: Path):

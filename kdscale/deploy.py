@@ -148,8 +148,8 @@ def export_int8(directory: Path, out: Path, batches: list[Batch] | None, shard_b
     _require_replaceable(out, directory)
     if not cpu_sums_int8():
         raise ConfigError(
-            "--format int8: sums of int8 products overflow on this processor, which has no VNNI, so that what is written could not"
-            " be compared with the model; export on one that has it, or use --format gguf --type q8_0"
+            "--format int8: sums of int8 products overflow on this processor, which has no VNNI, so that what is written could"
+            " not be compared with the model; export on one that has it, or use --format gguf --type q8_0"
         )
     vocab_size = load_tokenizer(str(directory)).vocab_size
     own = stored_dtype(fields)

@@ -166,10 +166,10 @@ def lay_out(
     from kdscale.targets import kernels
 
     size = (len(count), int(count.max(initial=0)))
-    ids_TK, weights_TK = torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.float32)
+    ids_TK, weights_TK = np.zeros(size, np.int32), np.zeros(size, np.float32)
     mass_T = np.empty(len(count), np.float64)
-    kernels.draws(ids, own, count, kept, shared, ids_TK.numpy(), weights_TK.numpy(), mass_T)
-    return ids_TK, weights_TK, mass_T
+    kernels.draws(ids, own, count, kept, shared, ids_TK, weights_TK, mass_T)
+    return torch.from_numpy(ids_TK), torch.from_numpy(weights_TK), mass_T
 
 
 def encode_between(logp_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -171,11 +171,12 @@ def draws(
             scale = np.float32(1 / total)
         elif shared and own_taken < taken:
             rest = np.float32((1 - total) / (taken - own_taken))
+        # One loop: rows are short, and each loop that is made ready for vectors takes longer than a row.
         for n in range(taken):
             ids[r, n] = values[start + n]
-        for n in range(own_taken):
-            weights[r, n] = own[own_start + n] * scale
-        for n in range(own_taken, taken):
-            weights[r, n] = rest
+            weight = rest
+            if n < own_taken:
+                weight = own[own_start + n] * scale
+            weights[r, n] = weight
         start += taken
         own_start += own_taken

@@ -91,7 +91,10 @@ def made(directory: Path, write: Callable[[Path], None]) -> Path:
 
 
 def write_digits(directory: Path) -> None:
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError:
+        raise SystemExit("the digits come with scikit-learn; install it with `pip install 'kdscale[images]'`") from None
 
     found = load_digits()
     images = np.rint(found.images * (255 / 16)).astype(np.uint8)

@@ -46,8 +46,9 @@ class Comparison:
 
 
 def heldout_rows(config: RunConfig) -> list[Batch]:
-    """A run's held-out text. Raises: DataError."""
-    return _rows(config.data, load_tokenizer(config.data.tokenizer or str(resolve_model(config.teacher.model))))
+    """A run's held-out text, as its student reads it. Raises: DataError."""
+    own = config.alignment.tokenizer or config.data.tokenizer
+    return _rows(config.data, load_tokenizer(own or str(resolve_model(config.teacher.model))))
 
 
 def text_rows(files: list[str], directory: Path) -> list[Batch]:

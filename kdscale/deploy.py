@@ -165,7 +165,7 @@ def export_int8(directory: Path, out: Path, batches: list[Batch] | None, shard_b
             "Keep it as it is (--format hf), or try --format gguf --type q8_0, which has a scale for every 32 weights"
         )
         require_same(found, str(out), lossless=False, way_out=way_out)
-        # In the model's own dtype both take no more memory than the model took in float32.
+        # Both at once: half more memory than a bfloat16 model takes, a quarter more than a float32 one.
         both = [load_causal_lm(directory, own), load_int8(staging, own)]
         rate_before, rate = forward_rates([model.eval() for model in both], "language-modelling")
         del both
@@ -203,7 +203,8 @@ def _model_of(
             " classifier's head. Use --format hf"
         )
     run = Path(source.run.dir) / source.run.name
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=run) as scratch:
+    # A run that is not there is missed by name below.
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=run if run.is_dir() else None) as scratch:
         directory = export_checkpoint(source, checkpoint, Path(scratch) / source.run.name)
         require_language_model(load_config(directory), directory)
         yield directory, text_rows(text, directory) if text else heldout_rows(source), run / "student"
@@ -219,8 +220,11 @@ def _require_replaceable(out: Path, source: Path) -> None:
         return
     if out.resolve() == source.resolve():
         raise ConfigError(f"--out {out} is the model itself, which would be lost; name another directory")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-        raise ConfigError(f"--out {out} exists and is no model directory; name another one, or remove it")
+    config = out / "config.json"
+    if not out.is_dir() or (
+        any(out.iterdir()) and not (config.is_file() and "quantization_config" in config.read_text())
+    ):
+        raise ConfigError(f"--out {out} exists and is no int8 export; name another one, or remove it")
 
 
 def _weight_bytes(directory: Path) -> int:

@@ -21,7 +21,7 @@ from kdscale.cluster.placement import Ask, cluster, require_memory, reserve
 from kdscale.cluster.security import Authority, needs_tls
 from kdscale.config.schema import RunConfig
 from kdscale.config.sections import StreamSection
-from kdscale.credentials import Credentials, Keys
+from kdscale.credentials import ACCESS_FILE, Credentials, Keys
 from kdscale.display import Display
 from kdscale.engine.checkpoint import Checkpoint
 from kdscale.errors import PlacementError, StreamError, TeacherError
@@ -179,10 +179,16 @@ class Slots:
 
 def end_at_once(job: Job, fault: PlacementError) -> None:
     """End this process for ``fault``, and what belongs to the run: without its cluster nothing can be taken down in order."""
-    job.display.close()
-    print(f"kdscale: {type(fault).__name__}: {fault}", file=sys.stderr, flush=True)
-    supervise.leave()
-    os._exit(fault.exit_code)
+    try:
+        (job.directory / ACCESS_FILE).unlink(missing_ok=True)
+        job.display.close()
+        print(f"kdscale: {type(fault).__name__}: {fault}", file=sys.stderr, flush=True)
+    finally:
+        # Whoever reads the output may be gone, too.
+        try:
+            supervise.leave()
+        finally:
+            os._exit(fault.exit_code)
 
 
 def place(
@@ -267,7 +273,8 @@ def start_replicas(
     """Let the replicas of all teachers load, to be known to their registries, which ``access`` opens. They are called
     ``replica-0``, ``replica-1``, ..., those of several teachers after their teacher, all behind ``prefix``."""
     several = len(prepared.teachers) > 1
-    job.display.phase(f"loading the teachers {', '.join(slots.teachers)}" if several else "loading the teacher")
+    which = f"teacher{'s' * (len(slots.teachers) > 1)} {', '.join(slots.teachers)}"
+    job.display.phase(f"loading the {which}" if several else "loading the teacher")
     teachers = []
     for name, groups in slots.teachers.items():
         setup = replica_setup(job.config, prepared, name, access.token, access.credentials)

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -20,8 +20,12 @@ def watched(lost: Callable[[PlacementError], None]) -> Iterator[None]:
     Left alone, Ray waits a minute for its GCS to come back, which nobody would start again here, and then ends this process
     without a word of what happened; the end of a raylet shows as that of whichever actor is missed first.
     """
-    children = psutil.Process().children()
-    needed = {one: name for one in children if (name := one.name()) in _NEEDED}
+    needed = {}
+    for one in psutil.Process().children():
+        # Ray's short-lived helpers may be gone by now.
+        with suppress(psutil.NoSuchProcess):
+            if (name := one.name()) in _NEEDED:
+                needed[one] = name
     over = threading.Event()
 
     def watch() -> None:
@@ -30,7 +34,7 @@ def watched(lost: Callable[[PlacementError], None]) -> Iterator[None]:
                 lost(
                     PlacementError(
                         f"Ray's {' and '.join(gone)}, which this run had started for itself, has ended (killed, or out"
-                        " of memory?); start the run again, it goes on from its newest checkpoint"
+                        " of memory?); give the same command again: train, record and generate go on from what they have saved"
                     )
                 )
                 return

@@ -1,6 +1,6 @@
 """The Flight server of one teacher rank: requests in, checksummed record batches out.
 
-One request = one ``DoExchange``. Encoding and sending run in Flight's own threads, beside the forward.
+One request = one ``DoExchange``. Sending runs in Flight's own threads, encoding there or in one beside them.
 """
 
 import json

@@ -22,5 +22,7 @@ def test_a_run_ends_with_its_cluster(tmp_path: Path, teacher_dir: Path, text_dir
     daemon.kill()
     began = time.monotonic()
     assert finish(process, log) == 1
-    assert_nothing_left(within_s=10 - (time.monotonic() - began))
+    assert time.monotonic() - began < 30, "not a minute"
+    assert_nothing_left()
+    assert not (directory / "access.json").exists()
     assert f"PlacementError: Ray's {name}, which this run had started for itself, has ended" in log.read_text()

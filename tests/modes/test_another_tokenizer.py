@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kdscale.config.hardware import cpu_sums_int8
 from kdscale.data.tokenizer import load_tokenizer
 from tests.conftest import make_model, make_tokenizer
 from tests.pairs import make_vocabulary
@@ -79,6 +80,10 @@ def test_a_student_learns_across_tokenizers(tmp_path: Path, text_dir: Path):
     assert run("export", str(runs / "halves"), "--out", str(tmp_path / "again"), log=log) == 0, log.read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    # And to deploy it, it is measured on text that it reads itself.
+    if cpu_sums_int8():
+        assert run("export", str(runs / "halves"), "--format", "int8", log=log) == 0, log.read_text()
+        assert json.loads((runs / "halves" / "student-int8.json").read_text())["top1_agreement"] > 0.9
     assert_nothing_left()
 
 

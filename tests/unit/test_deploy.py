@@ -113,10 +113,12 @@ def test_int8_needs_text_and_a_place(model_dir: Path, text: list[str]):
         to_int8(model_dir, "auto", None, None)
     with pytest.raises(ConfigError, match=r"small is the model itself, which would be lost"):
         to_int8(model_dir, "auto", model_dir, text)
-    for taken in (model_dir.parent, Path(text[0])):
-        with pytest.raises(ConfigError, match=r"exists and is no model directory; name another one"):
+    other = model_dir.with_name("other")
+    make_model("llama", seed=1).save_pretrained(other)
+    for taken in (model_dir.parent, Path(text[0]), other):
+        with pytest.raises(ConfigError, match=r"exists and is no int8 export; name another one"):
             to_int8(model_dir, "auto", taken, text)
-    assert {path.name for path in model_dir.parent.iterdir()} == {"small", "text.txt"}
+    assert {path.name for path in model_dir.parent.iterdir()} == {"small", "other", "text.txt"}
 
 
 def test_classifiers_are_refused(model_dir: Path, text: list[str]):

@@ -26,6 +26,7 @@ from kdscale.targets.codec import (
     quantize_rows,
     sum_between,
     unpack_ids,
+    unpack_ragged,
     unpack_sorted,
 )
 from kdscale.targets.decode import decode
@@ -188,6 +189,14 @@ def test_rows_of_unequal_length(lengths: list[tuple[int, int]], shared: bool, se
         else:
             expected += [0] * (used - mine)
         assert weights.tolist() == pytest.approx(expected + behind, rel=1e-5)
+
+
+def test_rows_of_unequal_length_may_begin_anywhere():
+    raw = np.arange(9, dtype=np.uint8)[1:]
+    count, values = unpack_ragged((np.array([0, 4, 8], np.int32), raw), 2, "<u2", 2)
+    assert count.tolist() == [2, 2]
+    assert values.flags.aligned
+    assert values.tobytes() == raw.tobytes()
 
 
 @given(sizes, st.sampled_from(["threshold", "replacement"]), st.sampled_from(["float16", "uint8"]))

@@ -77,9 +77,9 @@ def test_the_first_epoch_fills_a_recording_and_lets_the_teacher_go(tmp_path: Pat
     process = start("train", str(config), "run.name=filling", *filling, log=log)
     wait_for_file(out / "MANIFEST.json", process, log)
     deadline = time.monotonic() + 15
-    while ranks_of("TeacherRank"):
+    # A fast machine is through with the rest of the steps before anybody has looked.
+    while process.poll() is None and ranks_of("TeacherRank"):
         assert time.monotonic() < deadline, "the teacher was not let go"
-        assert process.poll() is None, log.read_text()
         time.sleep(0.1)
     assert finish(process, log) == 0, log.read_text()
     assert "the recording is whole: letting the teacher go" in log.read_text()

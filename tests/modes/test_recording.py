@@ -67,7 +67,8 @@ def test_the_first_epoch_fills_a_recording_and_lets_the_teacher_go(tmp_path: Pat
     """Two student ranks that each keep what they ask for; losses are those of live training. Then no teacher is started."""
     sections = {
         "run": {"deterministic": True},
-        "train": {"steps": 24},
+        # Of which 22 are the first epoch: the second goes on behind what is asked for ahead of time.
+        "train": {"steps": 40},
         "student": {"layers": [0, 3], "parallel": {"data": 2}},
     }
     config = write_config(tmp_path, teacher_dir, text_dir, **sections)

@@ -32,6 +32,7 @@ PADDED_VOCAB = 320
 """Rows of the tiny models' embeddings; the tokenizer has fewer ids."""
 
 
+# There `--format int8` refuses, which a test of its own holds on every processor.
 needs_int8 = pytest.mark.skipif(not cpu_sums_int8(), reason="int8 sums overflow on a processor without VNNI")
 
 

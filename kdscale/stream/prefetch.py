@@ -63,14 +63,14 @@ class Prefetcher:
             StreamError, IdentityError, OnPolicyError: what the fetch, or the batch, raised.
             PayloadError, CoverageError: the targets are not those of this batch's labels.
         """
-        if len(self._window) <= self._in_flight // 2:
-            self._fill()
         if not self._window:
             raise StopIteration
         future = self._window.popleft()
         start = time.monotonic()
         batch, targets = future.result()
         waited_s = time.monotonic() - start
+        if len(self._window) <= self._in_flight // 2:
+            self._fill()  # before the trainer goes on, so that its whole step is time for the teacher
         check_alignment(batch.asked, targets)
         return Fetched(batch, targets, waited_s)
 

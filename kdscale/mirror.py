@@ -77,9 +77,7 @@ class Mirror:
 
     def _copy(self, directory: Path) -> None:
         if self._superseded_after is not None:
-            for step in _steps(self.store):
-                if step > self._superseded_after:
-                    self.store.rename(f"step-{step}/{MANIFEST}", f"step-{step}/{MANIFEST}.superseded")
+            _supersede(self.store, self._superseded_after)
             self._superseded_after = None
         for name in [*sorted(files_of(directory) - {MANIFEST}), MANIFEST]:
             self.store.put(f"{directory.name}/{name}", directory / name)
@@ -96,6 +94,13 @@ def _steps(store: Store) -> dict[int, dict[str, int]]:
     return {step: found[step] for step in sorted(found, reverse=True) if MANIFEST in found[step]}
 
 
+def _supersede(store: Store, after: int = -1) -> None:
+    """Checkpoints of steps beyond ``after`` count no more; what was copied stays."""
+    for step in _steps(store):
+        if step > after:
+            store.rename(f"step-{step}/{MANIFEST}", f"step-{step}/{MANIFEST}.superseded")
+
+
 def _prune(store: Store, keep: int) -> None:
     for step, files in list(_steps(store).items())[keep:]:
         # The manifest first: half removed it would look like a damaged one.
@@ -110,15 +115,18 @@ def mirror_of(config: RunConfig) -> str | None:
 
 
 def find(config: RunConfig, resume: str) -> Checkpoint | None:
-    """``checkpoint.find`` in the run's directory; where that has no checkpoint at all, ``auto`` looks into the mirror too.
+    """``checkpoint.find`` in the run's directory; where that has no checkpoint at all, ``auto`` looks into the mirror too. With
+    ``never``, what lies there counts no more either: or a run that starts over and is lost would go on from it.
 
     Raises:
-        StorageError: the mirror cannot be read. Starting over silently would be worse.
+        StorageError: the mirror cannot be read, or with ``never`` written. Starting over silently would be worse.
         CheckpointError: see ``checkpoint.find`` and ``recover``.
     """
     root, url = Path(config.run.dir) / config.run.name / "checkpoints", mirror_of(config)
     if url is not None and resume == "auto" and not by_age(root):
         recover(root, url)
+    elif url is not None and resume == "never":
+        _supersede(Store(url))
     return checkpoint.find(root, resume)
 
 

@@ -109,6 +109,15 @@ def test_none_whole_is_refused(there: RunConfig, root: Path, tmp_path: Path):
     assert find(there, "never") is None
 
 
+def test_starting_over_leaves_nothing_to_go_on_from(there: RunConfig, root: Path, tmp_path: Path):
+    """A run that starts over and is lost before its first checkpoint may not go on from what was there before it."""
+    mirrored(there, root, 5, 10)
+    assert find(there, "never") is None
+    assert find(there, "auto") is None
+    copied = Store(f"file://{tmp_path}/mirror/tiny").files()
+    assert {name for name in copied if MANIFEST in name} == {f"step-{step}/{MANIFEST}.superseded" for step in (5, 10)}
+
+
 def test_without_the_key_nothing_counts(there: RunConfig, root: Path, tmp_path: Path):
     mirrored(there, root, 5)
     (tmp_path / "there" / "tiny" / ".checkpoint-key").unlink()

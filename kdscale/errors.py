@@ -40,6 +40,10 @@ class StudentError(KdscaleError):
     """A student rank died, or did not answer in time."""
 
 
+class DivergedError(KdscaleError):
+    """The loss or its gradient is no finite number any more: going on would leave a broken student, or the same one."""
+
+
 class OnPolicyError(KdscaleError):
     """The student's own text was not written: who writes it was lost, or what it is told is damaged."""
 

@@ -27,7 +27,8 @@ class StepMetrics:
     coverage: float | None
     """Share of trained tokens that had a soft target, or (with another tokenizer) lay in a span that had; none when training on
     labels only."""
-    gradient_norm: float
+    gradient_norm: float | None
+    """Before clipping; none where DeepSpeed does not tell it."""
     learning_rate: float
     seconds: float
     wait_seconds: float

@@ -37,7 +37,8 @@ def set_learning_rate(engine: Engine, rate: float) -> None:
         group["lr"] = rate
 
 
-def gradient_norm(engine: Engine) -> float:
-    """Norm of the last step's gradient before clipping; NaN where DeepSpeed does not compute it (no clipping)."""
+def gradient_norm(engine: Engine) -> float | None:
+    """Norm of the last step's gradient before clipping; none where DeepSpeed does not tell it: without clipping, and with
+    float32 at ZeRO 0."""
     norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else float(torch.as_tensor(norm))
+    return None if norm is None else float(torch.as_tensor(norm))

@@ -46,7 +46,10 @@ class StepResult:
     loss: float
     means: dict[str, float]
     """By the names of ``module.SUMS``, without ``count``."""
-    gradient_norm: float
+    gradient_norm: float | None
+    """See ``training.gradient_norm``."""
+    applied: bool
+    """Whether the weights were changed; DeepSpeed leaves steps out whose gradient is not finite."""
     wait_seconds: float
     """Time spent waiting for soft targets, mean over the ranks that hold the loss."""
     heard: Signals
@@ -88,6 +91,7 @@ def step_result(
         loss=own[0] / count,
         means=means,
         gradient_norm=gradient_norm(engine),
+        applied=engine.was_step_applied(),
         wait_seconds=waited / data_ranks,
         heard=Signals(int(stop), int(save), int(written), int(failed)),
     )

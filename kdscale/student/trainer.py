@@ -14,6 +14,7 @@ from kdscale.config.schema import RunConfig
 from kdscale.data.reading import AnyLoader
 from kdscale.engine.process import seed_step
 from kdscale.engine.training import learning_rate
+from kdscale.errors import DivergedError
 from kdscale.losses.objective import objective_at
 from kdscale.metrics import StepMetrics
 from kdscale.paired import PairedBatch
@@ -148,6 +149,7 @@ class Trainer:
                 learning_rate(number, self._train),
                 signals=self._saving.signals,
             )
+            _require_finite(number + 1, result, self._config)
             metrics = self._metrics(batch, result, digest.hexdigest(), time.monotonic() - began)
             if rollout is not None:
                 metrics = replace(
@@ -204,3 +206,16 @@ class Trainer:
             tokens_per_second=result.num_tokens / seconds,
             layer_loss=means["layer_loss"] if self._config.loss.layers is not None else None,
         )
+
+
+def _require_finite(step: int, result: StepResult, config: RunConfig) -> None:
+    """Every rank sees the same numbers, so all of them raise. Raises: DivergedError."""
+    norm = result.gradient_norm
+    if math.isfinite(result.loss) and (norm is None or math.isfinite(norm)) and result.applied:
+        return
+    gradient = "not told" if norm is None else f"{norm:g}"
+    raise DivergedError(
+        f"step {step}: the loss is {result.loss:g} and the gradient's norm {gradient}; both must stay finite, so this step was"
+        f" not saved. Lower train.lr ({config.train.lr:g}) and go on with --allow-changed train.lr, from the newest checkpoint"
+        " or, with --resume PATH, from an older one"
+    )

@@ -240,3 +240,28 @@ def test_served_teacher_over_tls(tmp_path: Path, teacher_dir: Path, text_dir: Pa
         content = path.read_bytes()
         assert [secret for secret in secrets if secret.encode() in content] == [], path
     assert_nothing_left()
+
+
+@pytest.mark.parametrize(("stage", "noticed"), [(0, 3), (1, 2)])
+def test_a_diverging_student_ends_the_run(tmp_path: Path, teacher_dir: Path, text_dir: Path, stage: int, noticed: int):
+    """ZeRO 0 would train on with weights that are no numbers, ZeRO 1 leave out every step; neither is saved. The second
+    step's loss is finite and its gradient is not, which DeepSpeed tells at ZeRO 1 alone."""
+    config = write_config(
+        tmp_path,
+        teacher_dir,
+        text_dir,
+        student={"dtype": "float32"},
+        train={"lr": 1e30, "warmup_steps": 0},
+        deepspeed={"zero_optimization": {"stage": stage}},
+        checkpoint={"every_steps": 1, "keep": 9},
+        evaluate={"quality": False},
+    )
+    log, directory = tmp_path / "log", tmp_path / "runs" / "tiny"
+    assert run("train", str(config), log=log) == 1
+    assert f"DivergedError: student, rank 0: step {noticed}: the loss is " in log.read_text()
+    assert "Lower train.lr (1e+30)" in log.read_text()
+    before = list(range(1, noticed))
+    assert steps(directory) == before
+    assert {path.name for path in (directory / "checkpoints").glob("step-*")} == {f"step-{step}" for step in before}
+    assert "starting the student again" not in log.read_text()
+    assert_nothing_left()

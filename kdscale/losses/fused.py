@@ -21,8 +21,8 @@ from kdscale.losses.objective import Objective
 __all__ = ["STATS", "fused_loss"]
 _BLOCK_BYTES = 2 << 20
 """On processors: a block and its temporaries stay in the second-level caches of the cores that share it."""
-_CPU_CHUNK_ROWS = {1: 128, 2: 112}
-"""On processors, by the tiles of a chunk: float32 rows beyond which the products gain little (bfloat16: twice as many)."""
+_CPU_CHUNK_ROWS = {1: (128, 192), 2: (112, 224)}
+"""On processors, by the tiles of a chunk: rows of float32 and of narrower numbers beyond which the products gain little."""
 _ROUNDED_SUMS = 16
 """A narrow weight's gradient is summed in its own dtype over so many chunks at most: each rounds once, which adds up to less
 than the products' own rounding. Over more it is summed in float32."""
@@ -86,16 +86,19 @@ class _FusedLoss(torch.autograd.Function):
             grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=device)
         tile = torch.empty(rows, spec.vocab_size, dtype=weight.dtype, device=device)
         teacher_tile = torch.empty_like(tile) if both else None
+        theirs_VD = None
+        if both:
+            assert teacher_head is not None
+            theirs_VD = teacher_head.weight_VD[: spec.vocab_size].to(weight.dtype)
         for start in range(0, count, rows):
             part = slice(start, start + rows)
             hidden_CD = hidden_TD[part].to(weight.dtype)
             tile_CV = _product(hidden_CD, weight_VD, tile)
             teacher_CV = None
             if isinstance(targets, HiddenTargets):
-                assert teacher_head is not None
+                assert theirs_VD is not None
                 assert teacher_tile is not None
-                theirs = teacher_head.weight_VD[: spec.vocab_size].to(weight.dtype)
-                teacher_CV = _product(targets.hidden_TD[part].to(weight.dtype), theirs, teacher_tile)
+                teacher_CV = _product(targets.hidden_TD[part].to(weight.dtype), theirs_VD, teacher_tile)
             cut = None if targets is None else targets.cut(part)
             sums += _elementwise(
                 tile_CV, bias, spec, labels_T[part], cut, teacher_CV, teacher_head, objective, grad_bias
@@ -134,7 +137,7 @@ def _rows(count: int, weight: torch.Tensor, vocab_size: int, chunk_bytes: int, *
     size = weight.element_size()
     most = chunk_rows(vocab_size, chunk_bytes // tiles, size)
     if weight.device.type == "cpu":
-        most = min(most, _CPU_CHUNK_ROWS[tiles] * 4 // size)
+        most = min(most, _CPU_CHUNK_ROWS[tiles][size < 4])
     return -(-count // -(-count // most)) if count else 1
 
 

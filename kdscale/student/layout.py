@@ -53,10 +53,11 @@ class Student(Protocol):
 
 @contextmanager
 def whole_head(student: Student) -> Iterator[Head]:
-    """The student's head, for ranks that hold the loss; all of them must enter."""
+    """The student's head, for ranks that hold the loss; all of them must enter. For measuring: it wants no gradient, which
+    the fused loss makes for whatever wants one."""
     head = student.head
     with gathered(head.parameters()):
-        yield Head(head.weight, head.bias, head.spec)
+        yield Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.spec)
 
 
 class DataParallelStudent:

@@ -98,15 +98,16 @@ def supervise(command: list[str], lock_file: Path, grace_seconds: float) -> int:
 
 
 @contextlib.contextmanager
-def only_one(lock_file: Path) -> Iterator[IO[str]]:
-    """Hold a run's lock; it dies with its last holder, so there is no stale one. Raises: PlacementError when it is held."""
+def only_one(lock_file: Path, way_out: str = "give this run another run.name") -> Iterator[IO[str]]:
+    """Hold a directory's lock; it dies with its last holder, so there is no stale one. Raises: PlacementError when it is
+    held."""
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     with lock_file.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PlacementError(
-                f"another process works on {lock_file.parent}; wait for it to end, or give this run another run.name"
+                f"another process works on {lock_file.parent}; wait for it to end, or {way_out}"
             ) from None
         yield lock
 

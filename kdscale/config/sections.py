@@ -352,7 +352,8 @@ class EvaluateSection(Section):
     canary_rows: int = Field(2, ge=0)
     """Rows scored by the served teacher and by a plain forward before step 1; 0 skips (the summary says so)."""
     canary_max_gib: float = Field(8.0, ge=0)
-    """A teacher of more GiB of weights is not loaded plainly; the summary then says ``not checked``."""
+    """A teacher of more GiB of weights is not loaded plainly, the summary then says ``not checked``; nor is an exported student,
+    whose difference is then none."""
 
 
 class ClusterSection(Section):

@@ -156,14 +156,17 @@ class Recording:
                 continue
             try:
                 reader = pa.ipc.open_file(pa.memory_map(str(path)))
+                found = {}
                 for number in range(reader.num_record_batches):
                     meta = reader.get_batch_with_custom_metadata(number).custom_metadata
-                    self._places[name.partition("-")[0], bytes.fromhex(meta[b"key"].decode())] = path, number
+                    found[name.partition("-")[0], bytes.fromhex(meta[b"key"].decode())] = path, number
             except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
                 raise RecordingError(
                     f"{path} is damaged ({error}); remove it and record again: rows that are left are kept"
                 ) from error
+            # In this order: other threads look rows up meanwhile.
             self._readers[path] = reader
+            self._places.update(found)
 
     def __contains__(self, row: tuple[str, Batch]) -> bool:
         part, tokens = row

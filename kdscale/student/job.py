@@ -18,13 +18,11 @@ from kdscale.engine import checkpoint as checkpoints
 from kdscale.engine import process
 from kdscale.engine.described import class_names, student_pixels
 from kdscale.engine.directories import load_config, model_here
-from kdscale.engine.export import write_model
 from kdscale.engine.fragments import index_files
 from kdscale.engine.models import build_student
 from kdscale.engine.saver import Saver
 from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
-from kdscale.errors import ConfigError, ModelError
-from kdscale.evaluate.plain import plain_logits
+from kdscale.errors import ConfigError
 from kdscale.evaluate.quality import NO_SUMS, Quality, label_sums, quality, share_of
 from kdscale.evaluate.views import AnyView, TargetSources, View, teachers_of, view_of
 from kdscale.head import Head
@@ -35,6 +33,7 @@ from kdscale.mirror import Mirror, mirror_of
 from kdscale.stream.filling import Filling
 from kdscale.stream.protocol import Access
 from kdscale.student.canaries import check_canaries, not_checked
+from kdscale.student.exporting import export
 from kdscale.student.keeping import Keeping
 from kdscale.student.layers import LayerLoss
 from kdscale.student.layout import DataParallelStudent, PipelineStudent, Student, whole_head
@@ -48,12 +47,6 @@ from kdscale.student.worker import StudentSetup
 _LOG = log.get(__name__)
 _HELD_OUT_ROWS, _HELD_OUT_EXAMPLES = 2, 64
 """Rows of one request for held-out targets; in a pipeline 1, where all requests have one shape."""
-
-_EXPORTED = 1e-2, 1e-2
-"""Most and mean difference of an exported student's logits, as shares of the largest."""
-_MERGED_ROUNDED = 1e-1, 1e-2
-"""The same where adapters were merged into bfloat16 weights: the sum is rounded once, and the forwards round in other
-places."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +198,7 @@ class StudentJob:
         report |= {"step": outcome.step, "stopped": outcome.stopped}
         report |= {"steps_per_epoch": loader.steps_per_epoch, "changes": self._notes.get("changes", [])}
         if outcome.stopped:
+            source.close()  # a recording that is being filled keeps what has arrived
             return report
         if held_out is not None:
             self._phase("measuring the student after training")
@@ -215,7 +209,17 @@ class StudentJob:
         if self._metrics is not None:
             report["layer_loss"] = self._metrics.last.get("layer_loss")
         self._phase("exporting")
-        report["export_max_logit_difference"] = self._export(loader.batch(0).cut(slice(0, 1)), save_reader)
+        report["export_max_logit_difference"] = export(
+            self._student,
+            loader.batch(0).cut(slice(0, 1)),
+            self._directory / "student",
+            save_reader,
+            config,
+            self._topology,
+            self._rank,
+            dtype=self._dtype,
+            parameters=self._parameters,
+        )
         report["teacher_stats"] = source.teacher_stats()
         report["received"] = {payload: asdict(received) for payload, received in source.received.items()}
         source.close()
@@ -369,32 +373,3 @@ class StudentJob:
         """Before the ranks are killed, from any thread: a checkpoint that is being written may become one."""
         if self._saving is not None:
             self._saving.settle(limit_s)
-
-    @torch.no_grad()
-    def _export(self, row: Batch, save_reader: Callable[[Path], None]) -> float:
-        """Write ``student/`` and load it back plainly where the loss is held; returns how far its logits are from the
-        engine's."""
-        directory = self._directory / "student"
-        state = self._student.whole_state()
-        if self._rank == 0:
-            write_model(self._student.model, state, directory, save_reader, self._config.export.shard_bytes)
-        process.barrier()
-        hidden = self._student.hidden([row])
-        # On one rank: the largest difference, the mean one, and the largest logit.
-        found = torch.zeros(3, device=self._device)
-        if self._holds_loss:
-            with whole_head(self._student) as head:
-                if self._topology.data_rank(self._rank) == 0:
-                    ours = head.logits(hidden[0])
-                    plain = plain_logits(row, directory, ours.shape[1], self._dtype, self._config.task, self._device)
-                    off = (ours - plain).abs()
-                    found.copy_(torch.stack([off.max(), off.mean(), ours.abs().max()]))
-        difference, mean, largest = process.sum_over_ranks(found).tolist()
-        rounded = self._config.student.lora is not None and self._dtype != torch.float32
-        most, most_mean = _MERGED_ROUNDED if rounded else _EXPORTED
-        if not (difference <= 1e-3 + most * largest and mean <= 1e-3 + most_mean * largest):
-            raise ModelError(
-                f"the exported student's logits differ from the engine's by up to {difference:.3g}, {mean:.3g} on average (the"
-                f" largest is {largest:.3g}); not usable"
-            )
-        return float(difference)

@@ -1,13 +1,15 @@
 """A corpus scored once, and students that learn from the record."""
 
 import json
+import signal
 import time
 from pathlib import Path
 
 import pytest
 
+from kdscale.supervise import only_one
 from tests.failure.runs import ranks_of
-from tests.runs import assert_nothing_left, finish, run, start, wait_for_file, write_config
+from tests.runs import assert_nothing_left, finish, run, start, wait_for_file, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -94,4 +96,21 @@ def test_the_first_epoch_fills_a_recording_and_lets_the_teacher_go(tmp_path: Pat
     again = json.loads((runs / "again" / "summary.json").read_text())
     assert again["teacher_ranks"] == 0
     assert losses(runs / "again") == losses(runs / "live")
+    assert_nothing_left()
+
+
+def test_a_stop_keeps_what_has_arrived_and_one_run_alone_fills(tmp_path: Path, teacher_dir: Path, text_dir: Path):
+    config = write_config(tmp_path, teacher_dir, text_dir, train={"steps": 400}, evaluate={"quality": False})
+    log, out = tmp_path / "log", tmp_path / "out"
+    filling = ["targets.source=live+record", f"targets.recording={out}"]
+    with only_one(out / ".record.lock"):
+        assert run("train", str(config), *filling, log=log) == 1
+    assert f"another process works on {out}; wait for it to end, or name another targets.recording" in log.read_text()
+
+    process = start("train", str(config), *filling, log=log)
+    wait_for_step(tmp_path / "runs" / "tiny", 2, process, log)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, log) == 130, log.read_text()
+    assert list(out.glob("train-r0-*.arrow")), "what was asked for is not asked for again"
+    assert not list(out.glob("*.partial"))
     assert_nothing_left()

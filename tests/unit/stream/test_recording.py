@@ -1,7 +1,10 @@
 """Recordings of a real tiny teacher's answers."""
 
 import json
+import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +73,38 @@ def test_recorded_targets_are_the_served_ones(teacher: Teacher, tmp_path: Path):
     for ours, theirs in zip(found.tensors(), served.tensors(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     assert torch.equal(found.labels_T, torch.from_numpy(shuffled.labels()))
+
+
+def test_rows_are_looked_up_while_shards_are_taken_in(teacher: Teacher, tmp_path: Path):
+    """As requests in flight do while their rank reads what others have recorded."""
+    rows = batch(rows=ROWS)
+    record(teacher, tmp_path, rows)
+    seen: list[Recording] = []
+    over = threading.Event()
+
+    class Seen(Recording):
+        def refresh(self) -> None:
+            seen.append(self)
+            super().refresh()
+
+    def look() -> int:
+        looked = 0
+        while not over.is_set():
+            looked += sum(seen[-1].holds(row, TOPK) for row in one_by_one) if seen else 0
+        return looked
+
+    one_by_one, before = rows.rows(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as beside:
+            looking = beside.submit(look)
+            for _ in range(50):
+                assert len(Seen(tmp_path, provenance(teacher))) == ROWS
+            over.set()
+            assert looking.result() > 0
+    finally:
+        over.set()
+        sys.setswitchinterval(before)
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 5])

@@ -1,0 +1,90 @@
+"""The student as a directory that transformers loads, and whether that is still the student."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kdscale import log
+from kdscale.batch import Batch
+from kdscale.config.schema import RunConfig
+from kdscale.engine import process
+from kdscale.engine.export import write_model
+from kdscale.errors import ModelError
+from kdscale.evaluate.plain import plain_logits
+from kdscale.student.layout import Student, whole_head
+from kdscale.topology import Topology
+
+_LOG = log.get(__name__)
+_EXPORTED = 1e-2, 1e-2
+"""Most and mean difference of an exported student's logits, as shares of the largest."""
+_MERGED_ROUNDED = 1e-1, 1e-2
+"""The same where adapters were merged into bfloat16 weights: the sum is rounded once, and the forwards round in other
+places."""
+
+
+def export(
+    student: Student,
+    row: Batch,
+    directory: Path,
+    save_reader: Callable[[Path], None],
+    config: RunConfig,
+    topology: Topology,
+    rank: int,
+    *,
+    dtype: torch.dtype,
+    parameters: int,
+) -> float | None:
+    """Write ``directory``, and load it back plainly on one rank that holds the loss. Every rank calls it.
+
+    ``dtype``, ``parameters``: the whole student's.
+
+    Returns how far its logits are from the engine's on ``row``; none for a student above ``evaluate.canary_max_gib``, as a
+    plain one may not fit beside the engine.
+
+    Raises:
+        ModelError: too far. The directory stays, to be looked at.
+    """
+    state = student.whole_state()
+    if rank == 0:
+        write_model(student.model, state, directory, save_reader, config.export.shard_bytes)
+    process.barrier()
+    num_bytes = parameters * dtype.itemsize
+    if num_bytes > config.evaluate.canary_max_gib * 2**30:
+        if rank == 0:
+            _LOG.warning(
+                "the exported student was not checked: its %.1f GiB are above evaluate.canary_max_gib",
+                num_bytes / 2**30,
+            )
+        return None
+    difference, mean, largest = _differences(student, row, directory, config, topology, rank, dtype)
+    rounded = config.student.lora is not None and dtype != torch.float32
+    most, most_mean = _MERGED_ROUNDED if rounded else _EXPORTED
+    if not (difference <= 1e-3 + most * largest and mean <= 1e-3 + most_mean * largest):
+        raise ModelError(
+            f"the exported student's logits differ from the engine's by up to {difference:.3g}, {mean:.3g} on average (the"
+            f" largest is {largest:.3g}); not usable"
+        )
+    return difference
+
+
+@torch.no_grad()
+def _differences(
+    student: Student,
+    row: Batch,
+    directory: Path,
+    config: RunConfig,
+    topology: Topology,
+    rank: int,
+    dtype: torch.dtype,
+) -> list[float]:
+    """The largest difference of the logits, the mean one, and the largest logit; on all ranks."""
+    hidden, device = student.hidden([row]), student.engine.device
+    found = torch.zeros(3, device=device)
+    if topology.holds_loss(rank):
+        with whole_head(student) as head:
+            if topology.data_rank(rank) == 0:
+                ours = head.logits(hidden[0])
+                off = (ours - plain_logits(row, directory, ours.shape[1], dtype, config.task, device)).abs()
+                found.copy_(torch.stack([off.max(), off.mean(), ours.abs().max()]))
+    return [float(one) for one in process.sum_over_ranks(found).tolist()]

@@ -4,7 +4,7 @@ R = rows, L = tokens (or pixels) in a row, T = positions trained on (row-major o
 D = hidden size, N = layers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
@@ -252,6 +252,14 @@ class SoftTargets:
         """The given positions."""
         return self.each(lambda tensor: tensor[part])
 
+    def split(self, rows: int) -> Iterator[Self]:
+        """All positions, at most ``rows`` at a time; themselves where there are no more."""
+        if len(self) <= rows:
+            yield self
+            return
+        for part in zip(*(tensor.split(rows) for tensor in self.tensors()), strict=True):
+            yield self.with_tensors(part)
+
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All tensors in the order of the fields, labels first (``None`` is none)."""
         return tuple(self._tensors().values())
@@ -282,9 +290,10 @@ class TopkTargets(SoftTargets):
     """The K likeliest tokens per position and the mass of all others; log-probabilities in nats at ``temperature``."""
 
     ids_TK: torch.Tensor
-    """int32, distinct in each row, the likeliest first."""
+    """int32, distinct in each row, the likeliest first. On their way to be sent they may be narrower, see
+    ``targets.codec.narrow_ids``."""
     logp_TK: torch.Tensor
-    """float32, <= 0."""
+    """float32, <= 0; see ``targets.codec.narrow_logp``."""
     tail_logp_T: torch.Tensor
     """float32; log of the mass outside the K entries, ``-inf`` where there is none."""
     entropy_T: torch.Tensor

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kdscale.errors import PayloadError
+from kdscale.spec import TargetSpec
 from kdscale.targets.layout import bitmap_bytes, high_bits, high_bytes, low_bits, low_bytes
 
 _LEVELS = 255
@@ -24,6 +25,7 @@ _ROOT = 0.25
 # entries best (1,024 positions of SmolLM2-135M: KL 4e-3 at K = 128 in 4 bits, where fourth roots of the whole range lose 1e-2).
 _FLAT_ROOT = 0.1
 _FEW_LEVELS = 15
+_LOWEST = torch.finfo(torch.float16).min
 _CODES = torch.arange(_FEW_LEVELS + 1, dtype=torch.float32)
 _LOG_OF_CODE = torch.from_numpy(
     np.log(np.maximum(np.arange(_LEVELS + 1), 0.5, dtype=np.float64) / _LEVELS).astype(np.float32) / np.float32(_ROOT)
@@ -31,8 +33,21 @@ _LOG_OF_CODE = torch.from_numpy(
 _P_OF_CODE = _LOG_OF_CODE.exp().numpy()
 
 
+def narrow_ids(ids: torch.Tensor, spec: TargetSpec, vocab_size: int) -> torch.Tensor:
+    """Ids (int64 or int32, any shape) as int16 where their 16 bits are what travels of them, else int32."""
+    return ids.short() if spec.encoding != "uint4" and not high_bits(vocab_size) else ids.int()
+
+
+def narrow_logp(logp: torch.Tensor, spec: TargetSpec) -> torch.Tensor:
+    """Log-probabilities as float16 where that is what travels, else as they are."""
+    # One below float16's range stands for none at all: keep it finite.
+    return logp.half().clamp_min_(_LOWEST) if spec.encoding == "float16" else logp
+
+
 def pack_ids(ids: np.ndarray, vocab_size: int) -> list[np.ndarray]:
-    """Split int32 ids [rows, count] into their planes, low first."""
+    """Split int32 ids [rows, count] into their planes, low first; int16 of ``narrow_ids`` are their only one."""
+    if ids.dtype == np.int16:
+        return [ids.view(np.uint16)]
     planes: list[np.ndarray] = [ids.astype(np.uint16)]  # wraps: the low bits
     bits = high_bits(vocab_size)
     if not bits:

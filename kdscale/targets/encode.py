@@ -13,6 +13,7 @@ from kdscale.targets.arrow import Column, record_batch
 from kdscale.targets.codec import (
     encode_between,
     encode_logp,
+    narrow_logp,
     pack_ids,
     pack_nibbles,
     pack_ragged,
@@ -20,9 +21,6 @@ from kdscale.targets.codec import (
     quantize_rows,
 )
 from kdscale.targets.layout import count_dtype, id_bytes, value_bytes
-
-_LOWEST = torch.finfo(torch.float16).min
-_MINUS_INFINITY = 0xFC00  # float16's bits; above are only numbers that are none
 
 
 def encode(targets: SoftTargets, spec: TargetSpec, target_schema: pa.Schema, vocab_size: int) -> pa.RecordBatch:
@@ -90,12 +88,7 @@ def _samples(targets: SampledTargets, spec: TargetSpec, vocab_size: int) -> list
 def _values(logp: torch.Tensor, spec: TargetSpec) -> np.ndarray:
     if spec.encoding == "uint8":
         return encode_logp(logp).numpy()
-    halves = logp.half()
-    values: np.ndarray = halves.numpy()
-    # A log-probability below float16's range stands for none at all: keep it finite. Few are, and to look for one, among the bits
-    # as integers, costs less than the clamp.
-    if values.view(np.uint16).max(initial=0) >= _MINUS_INFINITY:
-        halves.clamp_min_(_LOWEST)
+    values: np.ndarray = (logp if logp.dtype == torch.float16 else narrow_logp(logp, spec)).numpy()
     return values
 
 

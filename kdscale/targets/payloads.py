@@ -12,6 +12,7 @@ import torch
 from kdscale.batch import DenseTargets, HiddenTargets, SampledTargets, SoftTargets, TopkTargets
 from kdscale.head import Head, chunk_rows
 from kdscale.spec import TargetSpec
+from kdscale.targets.codec import narrow_ids, narrow_logp
 from kdscale.targets.sampling import draw_replacement, draw_threshold
 
 CHUNK_BYTES = 64 << 20
@@ -22,11 +23,19 @@ _BLOCK_BYTES = 1 << 20
 
 @torch.no_grad()
 def make_targets(
-    hidden_TD: torch.Tensor, head: Head, labels_T: torch.Tensor, spec: TargetSpec, uniforms_T: np.ndarray | None = None
+    hidden_TD: torch.Tensor,
+    head: Head,
+    labels_T: torch.Tensor,
+    spec: TargetSpec,
+    uniforms_T: np.ndarray | None = None,
+    *,
+    as_sent: bool = False,
 ) -> SoftTargets:
     """Soft targets of ``spec`` for positions whose final hidden states are ``hidden_TD``.
 
     ``uniforms_T``: for ``sampled``, one number in [0, 1) per position, from which its draws follow.
+    ``as_sent``: only to be encoded, so top-k entries are rounded where they are computed: half as much leaves the device and
+    waits to be sent.
     """
     labels_T = labels_T.int().cpu()
     if spec.payload == "hidden":
@@ -42,7 +51,7 @@ def make_targets(
             at = slice(start + inner, start + min(inner + max(1, block), len(logits_CV)))
             logits_BV = logits_CV[inner : inner + max(1, block)]
             uniforms = None if uniforms_T is None else uniforms_T[at]
-            parts.append(targets_of_logits(logits_BV, labels_T[at], spec, uniforms))
+            parts.append(targets_of_logits(logits_BV, labels_T[at], spec, uniforms, as_sent=as_sent))
     return SoftTargets.join(parts)
 
 
@@ -54,9 +63,14 @@ def with_layers(targets: SoftTargets, states: Sequence[torch.Tensor]) -> SoftTar
 
 
 def targets_of_logits(
-    logits_BV: torch.Tensor, labels_B: torch.Tensor, spec: TargetSpec, uniforms_B: np.ndarray | None = None
+    logits_BV: torch.Tensor,
+    labels_B: torch.Tensor,
+    spec: TargetSpec,
+    uniforms_B: np.ndarray | None = None,
+    *,
+    as_sent: bool = False,
 ) -> SoftTargets:
-    """Soft targets of a block of logits, which is overwritten."""
+    """Soft targets of a block of logits, which is overwritten. ``as_sent``: see ``make_targets``."""
     tau = spec.temperature
     shift_B1 = torch.zeros_like(logits_BV[:, :1])
     if tau != 1.0:
@@ -86,10 +100,13 @@ def targets_of_logits(
         return SampledTargets(labels_B, ids_BK.int().cpu(), weight_BK.cpu(), *counts, entropy_B.cpu(), tau)
     # Summing what is left, rather than 1 - sum(kept), keeps small tails exact.
     tail_B1 = weight_BV.scatter_(1, top_ids_BK, 0.0).sum(-1, keepdim=True)
+    ids_BK, logp_BK = top_ids_BK, top_BK.sub(peak_B1).sub_(log_mass_B1).clamp_max_(0.0)
+    if as_sent:
+        ids_BK, logp_BK = narrow_ids(ids_BK, spec, logits_BV.shape[-1]), narrow_logp(logp_BK, spec)
     return TopkTargets(
         labels_T=labels_B,
-        ids_TK=top_ids_BK.int().cpu(),
-        logp_TK=top_BK.sub(peak_B1).sub_(log_mass_B1).clamp_max_(0.0).cpu(),
+        ids_TK=(ids_BK.int() if ids_BK.dtype == torch.int64 else ids_BK).cpu(),
+        logp_TK=logp_BK.cpu(),
         tail_logp_T=(tail_B1.log() - log_mass_B1).clamp_max_(0.0).squeeze(1).cpu(),
         entropy_T=entropy_B.cpu(),
         shift_T=shift_B1.squeeze(1).cpu(),

@@ -55,7 +55,7 @@ class TeacherModel:
 
     @torch.no_grad()
     def forward(self, work: list[Work]) -> list[SoftTargets | Head]:
-        """The answers to ``work``, in its order; without any to score, one dummy token runs.
+        """The answers to ``work``, in its order and as they are sent; without any to score, one dummy token runs.
 
         Each call is exactly one pass through the base and one gathering of the head, whatever the work: other ranks
         stand in the same collectives.
@@ -75,7 +75,7 @@ class TeacherModel:
                     case Score(batch=batch, spec=spec):
                         labels = torch.from_numpy(batch.labels())
                         draws = uniforms(batch, spec.seed) if spec.payload == "sampled" else None
-                        targets = make_targets(next(hidden), head, labels, spec, draws)
+                        targets = make_targets(next(hidden), head, labels, spec, draws, as_sent=True)
                         states = {layer: next(of_batches) for layer, of_batches in inside.items()}
                         answers.append(with_layers(targets, [states[layer] for layer in spec.layers]))
         return answers

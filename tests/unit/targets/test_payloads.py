@@ -5,8 +5,11 @@ from hypothesis import strategies as st
 
 from kdscale.batch import TopkTargets
 from kdscale.head import Head, HeadSpec
-from kdscale.spec import TargetSpec
+from kdscale.spec import Encoding, TargetSpec
 from kdscale.targets import payloads
+from kdscale.targets.decode import decode
+from kdscale.targets.encode import encode
+from kdscale.targets.layout import schema
 from kdscale.targets.payloads import largest, make_targets
 
 
@@ -74,3 +77,30 @@ def test_the_largest_with_ties_and_ruled_out_tokens():
     assert found.tolist() == [[1.0] * 5, [2.0] + [1.0] * 4]
     assert torch.equal(values.gather(1, ids), found)
     assert all(len(set(row)) == 5 for row in ids.tolist())
+
+
+@pytest.mark.parametrize("encoding", ["float16", "uint8", "uint4"])
+@pytest.mark.parametrize("vocab", [300, 70_000])
+def test_what_is_rounded_where_it_was_computed_travels_as_the_same_bytes(encoding: Encoding, vocab: int):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(12, 8, generator=generator), torch.randn(vocab, 8, generator=generator) * 3
+    head, labels = Head(weight, None, HeadSpec(vocab)), torch.arange(12)
+    spec = TargetSpec("topk", k=20, encoding=encoding)
+    kind = schema(spec, vocab, 8)
+    whole, rounded = (make_targets(hidden, head, labels, spec, as_sent=sent) for sent in (False, True))
+    assert encode(rounded, spec, kind, vocab) == encode(whole, spec, kind, vocab)
+    assert (sum(one.nbytes for one in rounded.tensors()) < sum(one.nbytes for one in whole.tensors())) == (
+        encoding == "float16" or (encoding == "uint8" and vocab == 300)
+    )
+
+
+def test_what_is_ruled_out_stays_finite_when_rounded():
+    """Below float16's range there is no tail worth the name, and the decoder takes only finite numbers."""
+    spec = TargetSpec("topk", k=3)
+    bias = torch.tensor([0.0, -1e6, -2e6, -3e6])
+    head = Head(torch.zeros(4, 2), bias, HeadSpec(4))
+    found = make_targets(torch.ones(1, 2), head, torch.zeros(1), spec, as_sent=True)
+    back = decode(encode(found, spec, schema(spec, 4, 2), 4), spec, 4)
+    assert isinstance(back, TopkTargets)
+    assert torch.isfinite(back.logp_TK).all()
+    assert back.logp_TK[0, 0] == 0

@@ -43,18 +43,23 @@ class Teacher:
         self.server = TargetServer("127.0.0.1", TOKEN, self.meaning, self.scorer)
         self.directory = DirectoryServer("127.0.0.1", 0, TOKEN, {ALONE: self.meaning})
         self.directory.of(ALONE).publish("replica-0", [self.endpoint()])
+        self._sources: list[FlightSource] = []
 
     def endpoint(self) -> Endpoint:
         return Endpoint("replica-0", 0, 0, self.server.address)
 
     def source(self, **settings: Any) -> FlightSource:
         fields = {"give_up_seconds": 3.0, "stall_seconds": 20.0} | settings
-        return FlightSource(Access(self.directory.address, TOKEN), self.meaning, StreamSection(**fields), "test")
+        source = FlightSource(Access(self.directory.address, TOKEN), self.meaning, StreamSection(**fields), "test")
+        self._sources.append(source)
+        return source
 
     def close(self) -> None:
         self.lockstep.stop()
         self.thread.join(timeout=10)
         assert not self.thread.is_alive()
+        for source in self._sources:
+            source.close()  # a server waits for exchanges that are open
         self.server.shutdown()
         self.directory.shutdown()
 

@@ -18,8 +18,8 @@ from kdscale.config.teachers import ALONE
 from kdscale.errors import IdentityError, PayloadError, StreamError
 from kdscale.head import Head
 from kdscale.spec import TargetSpec
-from kdscale.stream.lines import Line, Lines, Rebuilding, Retry
-from kdscale.stream.protocol import Access, Header, Meaning, call, connect, encode_rows, message, schema_of_rows
+from kdscale.stream.lines import Exchange, Line, Lines, Rebuilding, Retry
+from kdscale.stream.protocol import Access, Header, Meaning, call, connect, message
 from kdscale.stream.server import decode_head
 from kdscale.stream.source import Received
 from kdscale.stream.watchdog import Watch, Watchdog
@@ -190,16 +190,22 @@ class FlightSource:
     # ---- one attempt ----
 
     def _exchange(self, line: Line, header: Header, batch: Batch) -> list[pa.RecordBatch]:
-        descriptor = fl.FlightDescriptor.for_command(header.dump(self._access.token))
-        writer, reader = line.client.do_exchange(descriptor)
-        watch = self._watchdog.watch(reader, line.endpoint)
+        if (idle := line.take(header)) is not None:
+            try:
+                return self._ask(line, idle, header, batch)
+            except (fl.FlightUnavailableError, fl.FlightInternalError, fl.FlightCancelledError, OSError) as error:
+                # The connection may have been lost while nobody asked, which says nothing of the endpoint now.
+                _LOG.debug("%s: an open exchange failed (%s); making one anew", line.endpoint.address, error)
+        return self._ask(line, Exchange(line.client, header, self._access.token), header, batch)
+
+    def _ask(self, line: Line, exchange: Exchange, header: Header, batch: Batch) -> list[pa.RecordBatch]:
+        watch = self._watchdog.watch(exchange.reader, line.endpoint)
+        whole = False
         try:
-            with writer:
-                # The header travels with the schema: the teacher reads it while the rows are put together.
-                writer.begin(schema_of_rows(batch))
-                writer.write_batch(encode_rows(batch))
-                writer.done_writing()
-                return self._receive(reader, header, watch)
+            exchange.ask(header, batch)
+            parts = self._receive(exchange.reader, header, watch)
+            whole = watch.cancelled_for is None
+            return parts
         except PayloadError as error:
             # Damaged on the way: the next attempt may come through whole.
             raise Retry(f"{line.endpoint.address}: {error}") from error
@@ -210,6 +216,11 @@ class FlightSource:
             raise
         finally:
             self._watchdog.forget(watch)
+            # Nothing may be left in an exchange that others will use.
+            if whole:
+                line.give(exchange)
+            else:
+                exchange.close()
 
     def _receive(self, reader: fl.FlightStreamReader, header: Header, watch: Watch) -> list[pa.RecordBatch]:
         """The answer's record batches: each agrees with its schema, declared size and checksum, all with the last one's count

@@ -2,20 +2,24 @@
 
 import threading
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
+import pyarrow as pa
 import pyarrow.flight as fl
 import xxhash
 
 from kdscale import log
+from kdscale.batch import Batch
 from kdscale.config.teachers import ALONE
 from kdscale.errors import StreamError
 from kdscale.stream.directory import DirectoryClient, Listing
-from kdscale.stream.protocol import Access, Endpoint, connect
+from kdscale.stream.protocol import Access, Endpoint, Header, connect, encode_rows, schema_of_rows
 from kdscale.stream.watchdog import Watchdog
 
 _LOG = log.get(__name__)
 _FOLLOW_S = 1.0
+_MOST_IDLE = 16
 _AVOID_S = 3.0
 """A replica that failed is not used for this long while there are others: by then the directory has heard of it."""
 
@@ -33,6 +37,31 @@ class Rebuilding(Retry):
     """No endpoint is live, and the directory says that one will be."""
 
 
+class Exchange:
+    """An open ``DoExchange``, for requests of one kind, one after the other."""
+
+    def __init__(self, client: fl.FlightClient, header: Header, token: str) -> None:
+        self.kind = (header.spec, header.num_columns)
+        self._writer, self.reader = client.do_exchange(fl.FlightDescriptor.for_command(header.opening(token)))
+        self._begun = False
+
+    def ask(self, header: Header, batch: Batch) -> None:
+        """Send a request; its answer is the next that ``reader`` reads. Raises: pyarrow.flight.FlightError."""
+        if not self._begun:
+            # What opens it travels with the schema: the teacher reads it while the rows are put together.
+            self._writer.begin(schema_of_rows(batch))
+            self._begun = True
+        self._writer.write_with_metadata(encode_rows(batch), header.asking())
+
+    def close(self) -> None:
+        # Cancelled first: a teacher that stands still would not let go of it.
+        self.reader.cancel()
+        try:
+            self._writer.close()
+        except (fl.FlightError, pa.ArrowException, OSError) as error:
+            _LOG.debug("an exchange ends: %s", error)
+
+
 @dataclass
 class Line:
     endpoint: Endpoint
@@ -41,6 +70,33 @@ class Line:
     """Tokens asked for and not answered."""
     served: int = 0
     """Tokens asked for so far."""
+    closed: bool = False
+    idle: "deque[Exchange]" = field(default_factory=deque)
+    """Exchanges that nobody uses now, the last one used last."""
+
+    def take(self, header: Header) -> Exchange | None:
+        """An open exchange for requests like this one, if there is any."""
+        for exchange in reversed(list(self.idle)):
+            if exchange.kind == (header.spec, header.num_columns):
+                try:
+                    self.idle.remove(exchange)
+                except ValueError:
+                    continue  # another thread has taken it
+                return exchange
+        return None
+
+    def give(self, exchange: Exchange) -> None:
+        """Keep an exchange that was answered whole."""
+        self.idle.append(exchange)
+        # Of kinds that are asked for no more; or the line is gone.
+        while len(self.idle) > (0 if self.closed else _MOST_IDLE):
+            self.idle.popleft().close()
+
+    def close(self) -> None:
+        """Requests in progress go on; their exchanges are closed when they are given back."""
+        self.closed = True
+        while self.idle:
+            self.idle.popleft().close()
 
 
 class Lines:
@@ -81,10 +137,16 @@ class Lines:
         left."""
         with self._lock:
             self._failed[failed.replica, failed.generation] = time.monotonic()
-            for other in list(self._lines):
-                if other.replica == failed.replica and other.generation <= failed.generation:
-                    del self._lines[other]
-            return bool(self._lines)
+            lost = [
+                other
+                for other in self._lines
+                if other.replica == failed.replica and other.generation <= failed.generation
+            ]
+            gone = [self._lines.pop(other) for other in lost]
+            left = bool(self._lines)
+        for line in gone:
+            line.close()
+        return left
 
     def listing(self) -> Listing:
         """What the directory knows now. Raises: Retry when it does not answer, or lists no endpoint."""
@@ -103,6 +165,7 @@ class Lines:
         with self._lock:
             lines, self._lines = self._lines, {}
         for line in lines.values():
+            line.close()
             line.client.close()
         self._directory.close()
 
@@ -124,6 +187,9 @@ class Lines:
                 or Line(endpoint, connect(endpoint.address, self._access.credentials), served=served)
                 for endpoint in self._mine(fine or listing.endpoints)
             }
+            gone = [line for endpoint, line in before.items() if endpoint not in self._lines]
+        for line in gone:
+            line.close()
 
     def _mine(self, endpoints: list[Endpoint]) -> list[Endpoint]:
         """Rendezvous hashing: each student keeps a stable few, so connections don't grow as students x teachers."""

@@ -19,7 +19,7 @@ from kdscale.spec import TargetSpec, Task
 from kdscale.targets import arrow
 from kdscale.tunnel import is_loopback, require_loopback
 
-PROTOCOL = 3
+PROTOCOL = 4
 # gRPC gives a connection 20 s to come about, in which nothing can cancel the call: too long for a server that is stopped.
 _CONNECTING = [("grpc.min_reconnect_backoff_ms", 4000)]
 
@@ -97,7 +97,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Header:
-    """What opens an exchange: the request's identity and what it expects of the teacher."""
+    """A request's identity, and what it expects of the teacher: the latter opens an exchange, the former comes with the rows."""
 
     request: str
     spec: TargetSpec
@@ -107,25 +107,43 @@ class Header:
     number: int = 0
     """Batch number, on which ``sampled`` draws depend."""
 
-    def dump(self, token: str) -> bytes:
-        # vars() where asdict() would copy deeply: this is done for every request.
-        nested = {"spec": self.spec.as_dict(), "meaning": vars(self.meaning)}
-        return message(token, **(vars(self) | nested))
+    def opening(self, token: str) -> bytes:
+        """What all requests of an exchange have in common."""
+        return message(token, kind=_kind_text(self.spec, self.meaning), num_columns=self.num_columns)
+
+    def asking(self) -> bytes:
+        """What is this one's own."""
+        return json.dumps({"request": self.request, "number": self.number}).encode()
 
     @staticmethod
-    def load(raw: bytes, token: str) -> "Header":
-        """Raises: StreamError for another token, version or a malformed header."""
+    def opened(raw: bytes, token: str) -> "Header":
+        """Of no request yet. Raises: StreamError for another token, version or a malformed opening."""
         fields = open_message(raw, token)
         try:
-            return Header(
-                request=str(fields["request"]),
-                spec=TargetSpec.of(fields["spec"]),
-                meaning=Meaning(**fields["meaning"]),
-                num_columns=int(fields["num_columns"]),
-                number=int(fields["number"]),
-            )
+            spec, meaning = _kind_of(fields["kind"])
+            return Header("", spec, meaning, int(fields["num_columns"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StreamError(f"malformed opening of an exchange: {error!r}") from error
+
+    def of(self, raw: bytes) -> "Header":
+        """The request that comes with these ``asking`` bytes. Raises: StreamError when they are malformed."""
+        try:
+            fields = json.loads(raw)
+            return Header(str(fields["request"]), self.spec, self.meaning, self.num_columns, int(fields["number"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise StreamError(f"malformed request header: {error!r}") from error
+            raise StreamError(f"malformed request: {error!r}") from error
+
+
+# A run's requests are of a few kinds: what says which is written, and read, once.
+@lru_cache(maxsize=64)
+def _kind_text(spec: TargetSpec, meaning: Meaning) -> str:
+    return json.dumps({"spec": spec.as_dict(), "meaning": vars(meaning)})
+
+
+@lru_cache(maxsize=64)
+def _kind_of(text: str) -> tuple[TargetSpec, Meaning]:
+    fields = json.loads(text)
+    return TargetSpec.of(fields["spec"]), Meaning(**fields["meaning"])
 
 
 def message(token: str, **fields: Any) -> bytes:

@@ -1,13 +1,13 @@
 """The Flight server of one teacher rank: requests in, checksummed record batches out.
 
-One request = one ``DoExchange``. Sending runs in Flight's own threads, encoding there or in one beside them.
+An exchange is a ``DoExchange`` that stays open for one request after another, all of one kind: what is asked for row by row, as
+recordings and deterministic runs do, would feel the making of each. All of it runs in Flight's own threads.
 """
 
 import json
 import queue
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from kdscale.targets.layout import schema_bytes
 
 _PART_BYTES = 4 << 20
 """Of one message: large enough that its own cost is small, small enough that sending and checking overlap."""
+_HEAD_PART_BYTES = 64 << 20
 _HEARTBEAT_S = 2.0
 # Faults that another endpoint would repeat: the client must not retry them.
 _FATAL = (IdentityError, PayloadError)
@@ -85,33 +86,35 @@ class TargetServer(fl.FlightServerBase):
         reader: fl.MetadataRecordBatchReader,
         writer: fl.MetadataRecordBatchWriter,
     ) -> None:
-        with self._counted():
-            self._exchange(context, descriptor, reader, writer)
-
-    def _exchange(
-        self,
-        context: fl.ServerCallContext,
-        descriptor: fl.FlightDescriptor,
-        reader: fl.MetadataRecordBatchReader,
-        writer: fl.MetadataRecordBatchWriter,
-    ) -> None:
         try:
-            header = Header.load(descriptor.command, self._token)
+            kind = Header.opened(descriptor.command, self._token)
         except StreamError as error:
             raise fl.FlightUnauthenticatedError(str(error)) from error
-        try:
-            require_same_meaning(header.meaning, self._meaning)
-            # First what the client can take up while the rows are read.
-            writer.begin(target_schema(header.spec, self._meaning.vocab_size, self._meaning.hidden_size))
-            batch = decode_rows(reader.read_chunk().data, header, self._meaning.vocab_size)
+        with _as_flight_errors():
+            require_same_meaning(kind.meaning, self._meaning)
+            # What the client can take up while its rows are on their way.
+            writer.begin(target_schema(kind.spec, self._meaning.vocab_size, self._meaning.hidden_size))
+        while (chunk := _next(reader)) is not None:
+            if not self._serve(kind, chunk, context, writer):
+                return
+
+    def _serve(
+        self,
+        kind: Header,
+        chunk: fl.FlightStreamChunk,
+        context: fl.ServerCallContext,
+        writer: fl.MetadataRecordBatchWriter,
+    ) -> bool:
+        """One request; whether the client is still there. On its own, so that an exchange keeps no answer while it is idle."""
+        with self._counted(), _as_flight_errors():
+            header = kind.of(chunk.app_metadata.to_pybytes() if chunk.app_metadata is not None else b"")
+            batch = decode_rows(chunk.data, header, self._meaning.vocab_size)
             targets = self._answer(self._scorer.submit(header.request, batch, header), context, writer)
-            if targets is not None:
-                assert not isinstance(targets, Head)
-                _write(writer, header, targets)
-        except _FATAL as error:
-            raise fl.FlightServerError(str(error), extra_info=type(error).__name__.encode()) from error
-        except KdscaleError as error:
-            raise fl.FlightUnavailableError(str(error)) from error
+            if targets is None:
+                return False
+            assert not isinstance(targets, Head)
+            _write(writer, header, targets)
+            return True
 
     def do_get(self, context: fl.ServerCallContext, ticket: fl.Ticket) -> fl.FlightDataStream:
         """The head: its weight's rows as bytes, everything else in the schema's metadata."""
@@ -121,7 +124,11 @@ class TargetServer(fl.FlightServerBase):
             raise fl.FlightUnauthenticatedError(str(error)) from error
         head = self._answer(self._scorer.submit("head", None, None), context, None)
         assert isinstance(head, Head)
-        return fl.RecordBatchStream(pa.Table.from_batches([encode_head(head)]))
+        batch = encode_head(head)
+        # Flight takes no message of 2 GiB, and heads may be larger.
+        rows = max(1, _HEAD_PART_BYTES * len(batch) // max(1, batch.nbytes))
+        parts = [batch.slice(start, rows) for start in range(0, len(batch), rows)]
+        return fl.RecordBatchStream(pa.Table.from_batches(parts))
 
     def do_action(self, context: fl.ServerCallContext, action: fl.Action) -> Iterator[fl.Result]:
         try:
@@ -152,19 +159,32 @@ class TargetServer(fl.FlightServerBase):
         return None
 
 
+@contextmanager
+def _as_flight_errors() -> Iterator[None]:
+    """Faults of ours as what Flight tells the other side."""
+    try:
+        yield
+    except _FATAL as error:
+        raise fl.FlightServerError(str(error), extra_info=type(error).__name__.encode()) from error
+    except KdscaleError as error:
+        raise fl.FlightUnavailableError(str(error)) from error
+
+
+def _next(reader: fl.MetadataRecordBatchReader) -> fl.FlightStreamChunk | None:
+    """The rows of the next request; none once the client asks for nothing more."""
+    try:
+        return reader.read_chunk()
+    except StopIteration:
+        return None
+
+
 def _write(writer: fl.MetadataRecordBatchWriter, header: Header, targets: SoftTargets) -> None:
-    """Send the answer in parts, and make each while the one before it is sent."""
-    total = len(targets)
-    rows = max(1, _PART_BYTES * max(1, total) // max(1, sum(tensor.nbytes for tensor in targets.tensors())))
-    parts = _parts(header, targets, rows)
-    if total <= rows:
-        writer.write_with_metadata(*next(parts))
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="encode") as beside:
-        coming = beside.submit(next, parts, None)
-        while (part := coming.result()) is not None:
-            coming = beside.submit(next, parts, None)
-            writer.write_with_metadata(*part)
+    """Send the answer in parts: the client takes up one while the next is made."""
+    size = sum(tensor.nbytes for tensor in targets.tensors())
+    # As even as can be: a small rest would cost as much on its way as a large part does.
+    rows = max(1, -(-len(targets) // max(1, round(size / _PART_BYTES))))
+    for part in _parts(header, targets, rows):
+        writer.write_with_metadata(*part)
 
 
 def _parts(header: Header, targets: SoftTargets, rows: int) -> Iterator[tuple[pa.RecordBatch, bytes]]:
@@ -173,13 +193,14 @@ def _parts(header: Header, targets: SoftTargets, rows: int) -> Iterator[tuple[pa
     kind = (header.spec, header.meaning.vocab_size, header.meaning.hidden_size)
     schema, schema_raw = target_schema(*kind), schema_bytes(*kind)
     digest = xxhash.xxh3_128()
-    total = len(targets)
-    for sequence, start in enumerate(range(0, max(total, 1), rows)):
-        part = targets if total <= rows else targets.cut(slice(start, start + rows))
+    start = 0
+    for sequence, part in enumerate(targets.split(rows)):
         batch = encode(part, header.spec, schema, header.meaning.vocab_size)
-        meta: dict[str, Any] = {"request": header.request, "sequence": sequence, "start": start, "count": len(part)}
-        if start + len(part) == total:
-            meta |= {"end": total, "digest": digest.hexdigest()}
+        count = len(part)
+        meta: dict[str, Any] = {"request": header.request, "sequence": sequence, "start": start, "count": count}
+        start += count
+        if start == len(targets):
+            meta |= {"end": start, "digest": digest.hexdigest()}
         meta["checksum"] = arrow.checksum(batch, schema_raw, meta)
         digest.update(meta["checksum"].encode())
         yield batch, json.dumps(meta).encode()

@@ -44,7 +44,7 @@ def rows_of_bytes(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndar
     return starts, np.frombuffer(raw, np.uint8)
 
 
-def _numbers(raw: memoryview, dtype: str) -> np.ndarray:
+def _numbers(raw: pa.Buffer | memoryview, dtype: str) -> np.ndarray:
     flat = np.frombuffer(raw, dtype=dtype)
     # Buffers may arrive unaligned.
     return flat if flat.flags.aligned else np.frombuffer(bytes(raw), dtype=dtype)
@@ -82,18 +82,21 @@ def checksum(batch: pa.RecordBatch, schema_bytes: bytes, metadata: dict[str, Any
     return digest.hexdigest()
 
 
-def _regions(column: pa.Array) -> list[memoryview]:
+def _regions(column: pa.Array) -> list[pa.Buffer | memoryview]:
     """The bytes that hold the column's values: of each buffer just the part that is the column's."""
-    _, first, *data = [
-        memoryview(buffer).cast("B") if buffer is not None else memoryview(b"") for buffer in column.buffers()
-    ]
+    _, first, *data = column.buffers()
     if not data:
         size = width(column.type)
-        return [first[column.offset * size : (column.offset + len(column)) * size]]
-    offsets = first[4 * column.offset : 4 * (column.offset + len(column) + 1)]
+        whole = first is not None and not column.offset and first.size == len(column) * size
+        return [first if whole else _bytes(first)[column.offset * size : (column.offset + len(column)) * size]]
+    offsets = _bytes(first)[4 * column.offset : 4 * (column.offset + len(column) + 1)]
     if not len(column):
-        return [offsets[:0], data[0][:0]]
-    return [offsets, data[0][int.from_bytes(offsets[:4], "little") : int.from_bytes(offsets[-4:], "little")]]
+        return [offsets[:0], _bytes(data[0])[:0]]
+    return [offsets, _bytes(data[0])[int.from_bytes(offsets[:4], "little") : int.from_bytes(offsets[-4:], "little")]]
+
+
+def _bytes(buffer: pa.Buffer | None) -> memoryview:
+    return memoryview(buffer).cast("B") if buffer is not None else memoryview(b"")
 
 
 def _line(kind: pa.Schema) -> str:

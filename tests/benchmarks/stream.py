@@ -6,8 +6,10 @@ A request's answer is 0.25 to 16 MiB of top-64 targets (float16, V = 49,152) in 
 over the same two processes, one thread each, which manage memory as ranks on processors do:
 
 - ``bare`` (the control): Flight sends record batches that are ready, the client reads them;
-- ``kdscale``: a TargetServer encodes, checksums and sends; the client checks schema, Arrow validity, sizes, both checksums and
-  the trailer, as in training. ``decode`` is what comes behind: values checked and unpacked.
+- ``kdscale``: a TargetServer encodes, checksums and sends what a teacher's forward leaves (entries rounded where they were
+  computed, which is part of ``teacher.py``); the client checks schema, Arrow validity, sizes, both checksums and the trailer, as
+  in training. Requests share an open exchange; ``bare`` makes one for each. ``decode`` is what comes behind: values checked and
+  unpacked.
 
 Rows with TLS: both sides over mutual TLS of a certificate authority made for the benchmark.
 """
@@ -37,6 +39,7 @@ from kdscale.stream.client import FlightSource
 from kdscale.stream.directory import DirectoryServer
 from kdscale.stream.protocol import Access, Endpoint, Header, Meaning, connect, encode_rows, listening
 from kdscale.stream.server import Answer, TargetServer
+from kdscale.targets.codec import narrow_ids, narrow_logp
 from kdscale.targets.decode import decode
 from kdscale.targets.encode import encode
 from kdscale.targets.layout import row_bytes, schema
@@ -56,8 +59,9 @@ def targets_of(tokens: int) -> TopkTargets:
     generator = torch.Generator().manual_seed(0)
     logp = torch.log_softmax(torch.randn(tokens, SPEC.k, generator=generator) * 3, -1).sort(-1, descending=True).values
     ids = (torch.arange(SPEC.k) * 701 + torch.randint(0, 700, (tokens, 1), generator=generator)).int()
+    ids, logp = narrow_ids(ids, SPEC, VOCAB), narrow_logp(logp + torch.tensor(0.9).log(), SPEC)
     none = torch.zeros(tokens)
-    return TopkTargets(none.int(), ids, logp + torch.tensor(0.9).log(), none + torch.tensor(0.1).log(), none, none, 1.0)
+    return TopkTargets(none.int(), ids, logp, none + torch.tensor(0.1).log(), none, none, 1.0)
 
 
 class ReadyScorer:

@@ -44,7 +44,7 @@ def test_slow_student_bounds_the_queue(teacher: Teacher):
         time.sleep(0.3)
         counters = teacher.scorer.counters
         assert counters.forwards <= taken + THREADS, "the teacher works for nobody"
-        assert teacher.server.in_flight == 0
+        wait_for(lambda: teacher.server.in_flight == 0, "what was asked for was answered")
         prefetcher.next()
     assert next(asked) <= 6 + THREADS
     prefetcher.close()
@@ -71,7 +71,7 @@ def test_stopped_student_blocks_nobody(teacher: Teacher, tmp_path: Path):
             rows = batch(seed=seed)
             assert source.fetch(rows, TOPK).labels_T.tolist() == rows.labels().tolist()
         assert time.monotonic() - began < 10
-        assert teacher.server.in_flight == stuck
+        wait_for(lambda: teacher.server.in_flight == stuck, "the others' exchanges are idle")
     finally:
         greedy.kill()
         greedy.wait()

@@ -170,4 +170,4 @@ def test_who_joins_is_asked_while_the_others_serve(teacher: Teacher):
             return scorer.asked.acquire(blocking=False)
 
         wait_for(asked, "the new endpoint is asked")
-    source.close()
+        source.close()  # a server waits for exchanges that are open

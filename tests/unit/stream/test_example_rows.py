@@ -20,7 +20,7 @@ IMAGES = Meaning("teacher", "pixels", DIGITS, 32, "image-classification", 64)
 
 def header(meaning: Meaning, batch: ExampleBatch) -> Header:
     asked = Header("request", TargetSpec("dense", encoding="float32"), meaning, batch.inputs.shape[1], batch.number)
-    return Header.load(asked.dump("token"), "token")
+    return Header.opened(asked.opening("token"), "token").of(asked.asking())
 
 
 @pytest.mark.parametrize(("family", "meaning"), [("bert", TEXTS), ("vit", IMAGES)])

@@ -26,7 +26,7 @@ from kdscale.stream import server
 from kdscale.stream.client import FlightSource, Received
 from kdscale.stream.directory import DirectoryServer, list_endpoints
 from kdscale.stream.prefetch import Prefetcher, check_alignment
-from kdscale.stream.protocol import Access, Endpoint, call, connect
+from kdscale.stream.protocol import Access, Endpoint, Header, call, connect, message
 from kdscale.stream.server import TargetServer
 from kdscale.targets.decode import decode
 from kdscale.teacher.model import Score
@@ -48,9 +48,9 @@ def test_served_targets_are_the_models_own(teacher: Teacher):
     (local,) = teacher.model.forward([Score(rows, TOPK)])
     assert isinstance(served, TopkTargets)
     assert isinstance(local, TopkTargets)
-    assert torch.equal(served.ids_TK, local.ids_TK)
+    assert torch.equal(served.ids_TK, local.ids_TK.int())
     assert torch.equal(served.labels_T, torch.from_numpy(rows.labels()))
-    torch.testing.assert_close(served.logp_TK, local.logp_TK, rtol=2**-10, atol=1e-4)
+    torch.testing.assert_close(served.logp_TK, local.logp_TK.float(), rtol=2**-10, atol=1e-4)
     torch.testing.assert_close(served.tail_logp_T, local.tail_logp_T, rtol=2**-11, atol=1e-6)
 
 
@@ -89,6 +89,68 @@ def test_hidden_states_and_head_give_the_same_distribution(teacher: Teacher):
     logp = torch.log_softmax(head.logits(hidden.hidden_TD), -1)
     torch.testing.assert_close(logp.gather(1, served.ids_TK.long()), served.logp_TK, rtol=0, atol=0.1)
     assert (logp.argmax(-1) == served.ids_TK[:, 0]).float().mean() > 0.9
+
+
+def test_a_head_comes_in_parts(teacher: Teacher, monkeypatch: pytest.MonkeyPatch):
+    """Flight takes no message of 2 GiB, which the head of a large teacher is."""
+    source = teacher.source()
+    whole = source.fetch_head()
+    monkeypatch.setattr(server, "_HEAD_PART_BYTES", 4096)
+    client = connect(teacher.server.address)
+    sent = [chunk.data for chunk in client.do_get(fl.Ticket(message(TOKEN)))]
+    assert len(sent) > 1
+    assert all(part.nbytes <= 4096 for part in sent)
+    again = source.fetch_head()
+    assert torch.equal(again.weight_VD, whole.weight_VD)
+    assert again.spec == whole.spec
+    client.close()
+
+
+def test_an_exchange_is_used_again(teacher: Teacher):
+    """One after another, whatever is asked for in between; none is used for two requests at a time."""
+    source = teacher.source()
+    rows = batch()
+    first = source.fetch(rows, TOPK)
+    (line,) = source._lines._lines.values()
+    (exchange,) = line.idle
+    source.fetch(rows, TargetSpec("hidden", encoding="bfloat16"))
+    again = source.fetch(rows, TOPK)
+    assert line.idle[-1] is exchange
+    assert torch.equal(again.logp_TK, first.logp_TK)  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(6) as pool:
+        asked = [batch(seed=seed) for seed in range(30)]
+        found = list(pool.map(lambda one: source.fetch(one, TOPK), asked))
+    for one, targets in zip(asked, found, strict=True):
+        assert targets.labels_T.tolist() == one.labels().tolist()
+    assert len(line.idle) <= 7
+    deadline = time.monotonic() + 10
+    while teacher.server.in_flight:  # a client has its answer a moment before the server is through with it
+        assert time.monotonic() < deadline, "an exchange that waits for requests is none in flight"
+        time.sleep(0.01)
+
+
+def test_an_exchange_that_was_lost_while_idle_is_made_anew(teacher: Teacher, caplog: pytest.LogCaptureFixture):
+    """Its connection was cut, the endpoint lives: the request doesn't fail, and the endpoint is not avoided."""
+    source, rows = teacher.source(), batch()
+    first = source.fetch(rows, TOPK)
+    (line,) = source._lines._lines.values()
+    line.idle[0].reader.cancel()
+    again = source.fetch(rows, TOPK)
+    assert torch.equal(again.logp_TK, first.logp_TK)  # type: ignore[attr-defined]
+    assert list(source._lines._lines.values()) == [line]
+    assert "failed, trying again" not in caplog.text
+
+
+def test_closed_lines_keep_no_exchange(teacher: Teacher):
+    source, rows = teacher.source(), batch()
+    source.fetch(rows, TOPK)
+    (line,) = source._lines._lines.values()
+    taken = line.take(Header("", TOPK, teacher.meaning, rows.ids_RL.shape[1]))
+    assert taken is not None
+    assert line.take(Header("", TOPK, teacher.meaning, rows.ids_RL.shape[1])) is None
+    source.close()
+    line.give(taken)
+    assert not line.idle
 
 
 def test_many_requests_come_back_in_order(teacher: Teacher):
@@ -192,6 +254,7 @@ def test_dead_endpoint_is_passed_over(teacher: Teacher):
     for seed in range(4):
         rows = batch(seed=seed)
         assert source.fetch(rows, TOPK).labels_T.tolist() == rows.labels().tolist()
+    source.close()
     directory.shutdown()
 
 

@@ -18,7 +18,7 @@ from kdscale.data.sources import Document, find_sources, read_documents, source_
 from kdscale.data.tokenizer import Tokenizer
 from kdscale.errors import DataError
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_()))])
 _ROUTED = _SCHEMA.append(pa.field("route", pa.int8()))
 _BATCH = 256
@@ -115,7 +115,9 @@ def cached(directory: Path, write: Callable[[Path], None]) -> Path:
 def _fingerprint(data: DataSection, tokenizer: Tokenizer, progress: Progress, routing: Routing | None) -> str:
     settings = data.model_dump(include={"loss_on", "append_eos", "heldout_every"})
     opening = tokenizer.encode("")
-    read_by = [_VERSION, settings, tokenizer.fingerprint, *([opening] if opening else [])]
+    ending = tokenizer.eos_id if data.append_eos else None
+    read_by = [_VERSION, settings, tokenizer.fingerprint, ending, tokenizer.chat_template]
+    read_by += [opening] if opening else []
     return fingerprint_of(read_by + ([asdict(routing)] if routing else []), data, progress)
 
 

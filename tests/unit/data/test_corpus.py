@@ -1,0 +1,48 @@
+"""A corpus is found again by all that its tokens follow from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kdscale.config.sections import DataSection
+from kdscale.data.corpus import Corpus, Split, build_corpus
+from kdscale.data.tokenizer import load_tokenizer
+from tests.conftest import CHAT_TEMPLATE, documents, make_tokenizer
+
+CHAT = [{"role": "user", "content": "Which variable?"}, {"role": "assistant", "content": "The loop variable."}]
+
+
+def section(tmp_path: Path, rows: list[dict[str, Any]], **fields: Any) -> DataSection:
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataSection(train=[str(file)], cache_dir=str(tmp_path / "cache"), heldout_every=3, **fields)
+
+
+def build(data: DataSection, tokenizer: Path) -> Corpus[Split]:
+    return build_corpus(data, load_tokenizer(str(tokenizer)), lambda done, total, what: None)
+
+
+def test_another_end_token_or_chat_template_is_another_corpus(tmp_path: Path):
+    ways = {
+        "first": make_tokenizer(tmp_path / "first"),
+        "end token": make_tokenizer(tmp_path / "end", eos_token="<|end|>"),
+        "template": make_tokenizer(tmp_path / "chat", chat=CHAT_TEMPLATE.replace("<|end|>", ".<|end|>")),
+    }
+    data = section(tmp_path, [{"messages": CHAT}, *({"text": text} for text in documents(5))])
+    tokenizers = {way: load_tokenizer(str(directory)) for way, directory in ways.items()}
+    assert len({one.fingerprint for one in tokenizers.values()}) == 1, "they read text alike"
+    corpora = {way: build(data, directory) for way, directory in ways.items()}
+    assert len({one.fingerprint for one in corpora.values()}) == 3
+    for way, tokenizer in tokenizers.items():
+        conversation, text = (corpora[way].train.document(index)[0] for index in range(2))
+        assert conversation.tolist() == tokenizer.render(CHAT)[0], way
+        assert text[-1] == tokenizer.eos_id, way
+    assert build(data, ways["template"]).fingerprint == corpora["template"].fingerprint
+
+
+def test_an_end_token_that_stands_nowhere_makes_no_other_corpus(tmp_path: Path):
+    ways = [make_tokenizer(tmp_path / end, chat=None, eos_token=f"<{end}>") for end in ("eos", "|end|")]
+    rows = [{"text": text} for text in documents(6)]
+    first, second = (build(section(tmp_path, rows, append_eos=False), directory).fingerprint for directory in ways)
+    assert first == second
+    assert first != build(section(tmp_path, rows), ways[0]).fingerprint

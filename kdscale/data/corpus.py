@@ -59,10 +59,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32, trained bool) of one document."""
+    def document(self, index: int, tokens: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32, trained bool) of one document, or of the given ``tokens`` of it."""
         batch, row = self._stored.find(index)
-        ids, trained = (batch.column(name)[row].values for name in ("ids", "trained"))
+        # Cut first: what is trained lies in bits, and becomes an array token by token.
+        ids, trained = (batch.column(name)[row].values[tokens] for name in ("ids", "trained"))
         return ids.to_numpy(), trained.to_numpy(zero_copy_only=False)
 
 

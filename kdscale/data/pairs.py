@@ -116,10 +116,10 @@ class PairSplit:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def document(self, index: int, tokens: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """See ``Split``; the student's."""
         side = self.piece(index).student
-        return side.ids, side.trained
+        return side.ids[tokens], side.trained[tokens]
 
     def piece(self, index: int) -> Piece:
         batch, row = self._stored.find(index)

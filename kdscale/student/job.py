@@ -215,7 +215,7 @@ class StudentJob:
         if self._metrics is not None:
             report["layer_loss"] = self._metrics.last.get("layer_loss")
         self._phase("exporting")
-        report["export_max_logit_difference"] = self._export(loader.batch(0).cut(slice(0, 1)), save_reader)
+        report["export_max_logit_difference"] = self._export(loader.batch(0, slice(0, 1)), save_reader)
         report["teacher_stats"] = source.teacher_stats()
         report["received"] = {payload: asdict(received) for payload, received in source.received.items()}
         source.close()

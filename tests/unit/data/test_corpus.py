@@ -1,8 +1,11 @@
-"""A corpus is found again by all that its tokens follow from."""
+"""A corpus is found again by all that its tokens follow from, and read piece by piece."""
 
 import json
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from kdscale.config.sections import DataSection
 from kdscale.data.corpus import Corpus, Split, build_corpus
@@ -46,3 +49,20 @@ def test_an_end_token_that_stands_nowhere_makes_no_other_corpus(tmp_path: Path):
     first, second = (build(section(tmp_path, rows, append_eos=False), directory).fingerprint for directory in ways)
     assert first == second
     assert first != build(section(tmp_path, rows), ways[0]).fingerprint
+
+
+def test_part_of_a_document_is_read_alone(tmp_path: Path, tokenizer_dir: Path):
+    long = " ".join(documents(200))
+    rows = [{"prompt": long, "completion": long}, *({"text": text} for text in documents(2))]
+    split = build(section(tmp_path, rows), tokenizer_dir).train
+    ids, trained = split.document(0)
+    assert len(ids) > 20_000
+    assert 0 < trained.sum() < len(ids)
+    middle = int(trained.argmax())
+    for part in (slice(0, 7), slice(middle - 5, middle + 36), slice(len(ids) - 3, len(ids)), slice(None)):
+        some_ids, some_trained = split.document(0, part)
+        assert np.array_equal(some_ids, ids[part])
+        assert np.array_equal(some_trained, trained[part])
+    before = pa.total_allocated_bytes()
+    piece = split.document(0, slice(9, 49))
+    assert pa.total_allocated_bytes() - before < 1000, f"{len(piece[0])} of {len(ids)} tokens are an array"

@@ -12,6 +12,7 @@ from kdscale.errors import DataError, PayloadError
 from kdscale.paired import PairedBatch
 from tests.conftest import make_tokenizer
 from tests.pairs import make_pair, make_vocabulary
+from tests.unit.data.test_loader import PARTS, assert_same
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,8 @@ def test_cut_rows_keep_their_spans(loader: PairLoader, pair: TokenizerPair):
     batch = loader.batch(0)
     rows = batch.rows()
     assert sum(len(row.spans_S5) for row in rows) == len(batch.spans_S5)
+    for part in PARTS[:2]:
+        assert_same(loader.batch(0, part), batch.cut(part))
     for row in [*rows, batch.cut(slice(1, 3))]:
         assert_spans_are_text(row, pair)
     assert sum(row.unaligned_bytes for row in rows) == batch.unaligned_bytes

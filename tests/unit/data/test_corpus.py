@@ -1,6 +1,8 @@
-"""A corpus is found again by all that its tokens follow from, and read piece by piece."""
+"""A corpus is found again by all that its tokens follow from, and neither made nor read at many times its size."""
 
 import json
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,16 @@ def section(tmp_path: Path, rows: list[dict[str, Any]], **fields: Any) -> DataSe
 
 def build(data: DataSection, tokenizer: Path) -> Corpus[Split]:
     return build_corpus(data, load_tokenizer(str(tokenizer)), lambda done, total, what: None)
+
+
+def peak_bytes(act: Callable[[], object]) -> int:
+    """What ``act`` held at most, of Python's and NumPy's memory."""
+    tracemalloc.start()
+    try:
+        act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_another_end_token_or_chat_template_is_another_corpus(tmp_path: Path):
@@ -66,3 +78,13 @@ def test_part_of_a_document_is_read_alone(tmp_path: Path, tokenizer_dir: Path):
     before = pa.total_allocated_bytes()
     piece = split.document(0, slice(9, 49))
     assert pa.total_allocated_bytes() - before < 1000, f"{len(piece[0])} of {len(ids)} tokens are an array"
+
+
+def test_documents_wait_to_be_written_in_a_few_bytes_a_token(tmp_path: Path, tokenizer_dir: Path):
+    rows = [{"text": " ".join(documents(60))}] * 100
+    # What the first corpus of a process imports is none of it.
+    build(section(tmp_path, rows[:3]), tokenizer_dir)
+    data = section(tmp_path, rows)
+    found: list[Corpus[Split]] = []
+    peak = peak_bytes(lambda: found.append(build(data, tokenizer_dir)))
+    assert peak < 8 * (found[0].train.lengths.sum() + found[0].heldout.lengths.sum())

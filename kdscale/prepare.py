@@ -133,9 +133,10 @@ def _require_room(config: RunConfig, models: dict[str, PretrainedConfig], num_id
 
 
 def _reader(config: RunConfig, directory: Path, teacher: Tokenizer) -> AnyReader:
-    """The teacher's tokenizer, or with it one that the student has of its own. Raises: ModelError, IdentityError."""
+    """``data.tokenizer`` or the teacher's, with the student's where that has its own. Raises: ModelError, IdentityError."""
     if config.alignment.method is None:
-        return teacher
+        # It agrees with the teacher's on ids, and may have another end token or chat template.
+        return teacher if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
     path = config.alignment.tokenizer
     assert path is not None
     require_sound(path)

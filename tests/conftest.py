@@ -44,7 +44,15 @@ def documents(count: int) -> list[str]:
     ]
 
 
-def make_tokenizer(directory: Path, *, vocab_size: int = 300, chat: bool = True, every_byte: bool = False) -> Path:
+def make_tokenizer(
+    directory: Path,
+    *,
+    vocab_size: int = 300,
+    chat: str | None = CHAT_TEMPLATE,
+    every_byte: bool = False,
+    eos_token: str = "<eos>",
+) -> Path:
+    """``chat``: its template. Neither that nor ``eos_token`` changes how a text is read."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -54,9 +62,9 @@ def make_tokenizer(directory: Path, *, vocab_size: int = 300, chat: bool = True,
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(documents(40), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
-    if chat:
-        tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token=eos_token)
+    if chat is not None:
+        tokenizer.chat_template = chat
     tokenizer.save_pretrained(directory)
     return directory
 

@@ -18,7 +18,7 @@ from kdscale.data.sources import Document, find_sources, read_documents, source_
 from kdscale.data.tokenizer import Tokenizer
 from kdscale.errors import DataError
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_()))])
 _ROUTED = _SCHEMA.append(pa.field("route", pa.int8()))
 _BATCH = 256
@@ -59,10 +59,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32, trained bool) of one document."""
+    def document(self, index: int, tokens: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """(ids int32, trained bool) of one document, or of the given ``tokens`` of it."""
         batch, row = self._stored.find(index)
-        ids, trained = (batch.column(name)[row].values for name in ("ids", "trained"))
+        # Cut first: what is trained lies in bits, and becomes an array token by token.
+        ids, trained = (batch.column(name)[row].values[tokens] for name in ("ids", "trained"))
         return ids.to_numpy(), trained.to_numpy(zero_copy_only=False)
 
 
@@ -115,7 +116,9 @@ def cached(directory: Path, write: Callable[[Path], None]) -> Path:
 def _fingerprint(data: DataSection, tokenizer: Tokenizer, progress: Progress, routing: Routing | None) -> str:
     settings = data.model_dump(include={"loss_on", "append_eos", "heldout_every"})
     opening = tokenizer.encode("")
-    read_by = [_VERSION, settings, tokenizer.fingerprint, *([opening] if opening else [])]
+    ending = tokenizer.eos_id if data.append_eos else None
+    read_by = [_VERSION, settings, tokenizer.fingerprint, ending, tokenizer.chat_template]
+    read_by += [opening] if opening else []
     return fingerprint_of(read_by + ([asdict(routing)] if routing else []), data, progress)
 
 
@@ -187,23 +190,24 @@ def parts_of(document: Document, data: DataSection) -> list[tuple[str, bool]]:
     return [(document.text, True)]
 
 
-def _tokens(document: Document, data: DataSection, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    ids: list[int] = []
-    trained: list[bool] = []
+def _tokens(document: Document, data: DataSection, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """(ids int32, trained bool); arrays, for lists of Python's numbers are some ten times as large."""
     if document.kind == "messages":
         try:
-            ids, trained = tokenizer.render(document.messages)
+            rendered, of_assistant = tokenizer.render(document.messages)
         except DataError as error:
             raise DataError(f"{document.place}: {error}") from error
-        return ids, [data.loss_on == "all" or one for one in trained]
+        return np.array(rendered, np.int32), np.array(of_assistant, np.bool_) | (data.loss_on == "all")
+    ids: list[np.ndarray] = []
+    trained: list[np.ndarray] = []
     for number, (text, trains) in enumerate(parts_of(document, data)):
         found = tokenizer.encode(text)
-        found = found[opening_tokens(tokenizer, found) if number else 0 :]
-        ids, trained = ids + found, trained + [trains] * len(found)
+        ids.append(np.array(found, np.int32)[opening_tokens(tokenizer, found) if number else 0 :])
+        trained.append(np.full(len(ids[-1]), trains))
     if data.append_eos and document.ends:
-        assert tokenizer.eos_id is not None
-        ids, trained = [*ids, tokenizer.eos_id], [*trained, True]
-    return ids, trained
+        ids.append(np.array([tokenizer.eos_id], np.int32))
+        trained.append(np.ones(1, np.bool_))
+    return np.concatenate(ids), np.concatenate(trained)
 
 
 def opening_tokens(tokenizer: Tokenizer, ids: list[int]) -> int:
@@ -217,21 +221,21 @@ class _SplitWriter:
         self._file = pa.OSFile(str(path), "wb")
         self._schema = schema
         self._writer = pa.ipc.new_file(self._file, schema)
-        self._ids: list[list[int]] = []
-        self._trained: list[list[bool]] = []
+        self._ids: list[np.ndarray] = []
+        self._trained: list[np.ndarray] = []
         self._routes: list[int | None] = []
         self.num_documents = 0
         self.num_trained = 0
         self._all_trained = True
 
-    def add(self, ids: list[int], trained: list[bool], route: int | None) -> None:
+    def add(self, ids: np.ndarray, trained: np.ndarray, route: int | None) -> None:
         self._ids.append(ids)
         self._trained.append(trained)
         self._routes.append(route)
         self.num_documents += 1
         # The first token of a document is predicted by nothing.
-        self.num_trained += sum(trained[1:])
-        self._all_trained &= all(trained)
+        self.num_trained += int(np.count_nonzero(trained[1:]))
+        self._all_trained &= bool(trained.all())
         if len(self._ids) == _BATCH:
             self._flush()
 

@@ -161,9 +161,9 @@ class ExampleLoader:
     def steps_per_epoch(self) -> float:
         return self._order.steps_per_epoch
 
-    def batch(self, number: int) -> ExampleBatch:
-        """Batch ``number``, from 0, without end."""
-        return self._stack(number, self._order.of_batch(number))
+    def batch(self, number: int, rows: slice = slice(None)) -> ExampleBatch:
+        """See ``Loader``."""
+        return self._stack(number, self._order.of_batch(number, rows))
 
     def heldout_batches(self, max_examples: int, rows_per_batch: int) -> list[ExampleBatch]:
         """Batches of examples spread evenly over the split, at most ``max_examples`` in all."""

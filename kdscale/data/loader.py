@@ -28,10 +28,10 @@ class Order:
     def steps_per_epoch(self) -> float:
         return self.num_rows / self._batch_rows
 
-    def of_batch(self, number: int) -> list[int]:
-        """The rows of batch ``number``, from 0, without end."""
+    def of_batch(self, number: int, rows: slice = slice(None)) -> list[int]:
+        """The rows of batch ``number``, from 0, without end, or those at the places ``rows`` of it."""
         first = number * self._batch_rows
-        places = (divmod(place, self.num_rows) for place in range(first, first + self._batch_rows))
+        places = (divmod(place, self.num_rows) for place in range(first, first + self._batch_rows)[rows])
         return [int(self._permutation(epoch)[index]) for epoch, index in places]
 
     def spread(self, most: int, rows_per_batch: int) -> list[np.ndarray]:
@@ -51,7 +51,7 @@ class Documents(Protocol):
     all_trained: bool
     routes: np.ndarray | None
 
-    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def document(self, index: int, tokens: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class Loader:
@@ -83,9 +83,9 @@ class Loader:
     def steps_per_epoch(self) -> float:
         return self._order.steps_per_epoch
 
-    def batch(self, number: int) -> TokenBatch:
-        """Batch ``number``, from 0, without end."""
-        return self._batch(number, self._rows[self._order.of_batch(number)])
+    def batch(self, number: int, rows: slice = slice(None)) -> TokenBatch:
+        """Batch ``number``, from 0, without end; given ``rows``, what ``cut`` makes of it, of which alone the text is read."""
+        return self._batch(number, self._rows[self._order.of_batch(number, rows)])
 
     def heldout_batches(self, max_tokens: int, rows_per_batch: int) -> list[TokenBatch]:
         """Batches of rows spread evenly over the split, about ``max_tokens`` tokens in all (at least one row)."""
@@ -96,9 +96,8 @@ class Loader:
         table = self._table
         pieces = []
         for piece in range(int(table.starts[row]), int(table.starts[row + 1])):
-            ids, trained = self._split.document(int(table.documents[piece]))
             here = slice(int(table.offsets[piece]), int(table.offsets[piece] + table.lengths[piece]))
-            pieces.append((ids[here], trained[here]))
+            pieces.append(self._split.document(int(table.documents[piece]), here))
         return build_row(pieces, self._row_tokens, self._packing)
 
     def _routes(self, row: int, segments: np.ndarray) -> np.ndarray:

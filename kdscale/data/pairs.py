@@ -24,7 +24,7 @@ from kdscale.data.tokenizer import Tokenizer
 from kdscale.errors import DataError, ModelError
 from kdscale.paired import Matches, PairedBatch
 
-_VERSION = 1
+_VERSION = 2
 _INTS, _FLAGS = pa.list_(pa.int32()), pa.list_(pa.bool_())
 _SCHEMA = pa.schema(
     [
@@ -116,10 +116,10 @@ class PairSplit:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def document(self, index: int, tokens: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """See ``Split``; the student's."""
         side = self.piece(index).student
-        return side.ids, side.trained
+        return side.ids[tokens], side.trained[tokens]
 
     def piece(self, index: int) -> Piece:
         batch, row = self._stored.find(index)
@@ -196,7 +196,8 @@ def build_pairs(data: DataSection, pair: TokenizerPair, progress: Progress) -> C
         DataError: missing, broken or empty text, naming file and line; or messages, which templates surround differently.
     """
     settings = data.model_dump(include={"loss_on", "append_eos", "heldout_every", "row_tokens"})
-    fingerprint = fingerprint_of(["pairs", _VERSION, settings, pair.fingerprint], data, progress)
+    endings = [one.eos_id for one in (pair.student, pair.teacher)] if data.append_eos else None
+    fingerprint = fingerprint_of(["pairs", _VERSION, settings, pair.fingerprint, endings], data, progress)
     directory = cached(Path(data.cache_dir) / fingerprint[:32], lambda staging: _write(data, pair, staging, progress))
     facts = json.loads((directory / "corpus.json").read_text())
     train, heldout = (PairSplit(directory / f"{name}.arrow", all_trained=facts[name]) for name in ("train", "heldout"))

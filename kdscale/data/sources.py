@@ -100,7 +100,7 @@ def read_documents(source: Source, teacher_column: str | None = None) -> Iterato
             yield document if teacher_column is None else replace(document, teacher=row.get(teacher_column))
         return
     text = _read_text(source.name)
-    if not text.strip():
+    if not text or text.isspace():
         raise DataError(f"{source.name} is empty")
     yield Document("text", source.name, text)
 

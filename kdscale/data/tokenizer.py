@@ -24,7 +24,10 @@ class Tokenizer(Protocol):
     """True vocabulary: largest id + 1, added tokens included."""
     eos_id: int | None
     fingerprint: str
-    """sha256 over everything that decides the ids."""
+    """sha256 over everything that decides the ids of a text; tokenizers that agree on it may end documents and write messages
+    differently."""
+    chat_template: str | None
+    """What ``render`` writes messages by, the special tokens named in it included; none where there is no template."""
 
     def encode(self, text: str, most: int | None = None) -> list[int]:
         """Ids of ``text``, with what the tokenizer itself puts around it and nothing else; cut to ``most`` ids, those around
@@ -103,6 +106,9 @@ class HuggingFaceTokenizer:
         digest.update(json.dumps(sorted((index, token) for token, index in vocabulary.items())).encode())
         digest.update(self._rules().encode())
         self.fingerprint = digest.hexdigest()
+        template = tokenizer.chat_template
+        # It takes special tokens by name (`eos_token`).
+        self.chat_template = json.dumps([template, tokenizer.special_tokens_map], sort_keys=True) if template else None
 
     def _rules(self) -> str:
         """How text is split: the backend's own description, without the state of padding and truncation."""
@@ -145,7 +151,7 @@ class HuggingFaceTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def render(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
-        if not self._tokenizer.chat_template:
+        if self.chat_template is None:
             raise DataError("messages need a chat template, and the tokenizer has none; use prompt + completion")
         ids: list[int] = []
         trained: list[bool] = []
@@ -198,6 +204,7 @@ class SentencePieceTokenizer:
         eos = self._processor.eos_id()
         self.eos_id: int | None = eos if eos >= 0 else None
         self.fingerprint = hashlib.sha256(raw).hexdigest()
+        self.chat_template: str | None = None
 
     def encode(self, text: str, most: int | None = None) -> list[int]:
         return list(self._processor.EncodeAsIds(text))[:most]

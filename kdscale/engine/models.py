@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from kdscale.config.sections import StudentSection
@@ -124,10 +124,7 @@ def from_teacher_layers(
     depth = config.get_text_config().num_hidden_layers
     if max(layers) >= depth:
         raise ModelError(f"student.layers names layer {max(layers)}; {directory} has layers 0 to {depth - 1}")
-    text = config.get_text_config()
-    text.num_hidden_layers = len(layers)
-    if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[layer] for layer in layers]
+    _choose_layers(config.get_text_config(), layers)
     model = _AUTO[task].from_config(config, dtype=dtype, trust_remote_code=False)
     # A student layer may appear twice in the teacher's numbering only if the user listed it twice.
     targets: dict[int, list[int]] = {}
@@ -153,6 +150,19 @@ def from_teacher_layers(
         )
     model.tie_weights()
     return model
+
+
+def _choose_layers(config: PretrainedConfig, layers: list[int]) -> None:
+    """Make ``config`` that of a model of the chosen layers, with what it lists layer by layer (``layer_types``, SmolLM3's
+    ``no_rope_layers``)."""
+    depth = config.num_hidden_layers
+    config.num_hidden_layers = len(layers)
+    for name, value in list(vars(config).items()):
+        # Where every layer stands in a list of numbers (Llama 4's `moe_layers`), so does every layer of the student. Tokens may
+        # be as many as layers by chance.
+        by_layer = isinstance(value, list | tuple) and len(value) == depth and not name.endswith("_token_id")
+        if by_layer and [*value] != [*range(depth)]:
+            setattr(config, name, type(value)(value[layer] for layer in layers))
 
 
 def _stored_tensors(directory: Path) -> Iterator[tuple[str, Any]]:

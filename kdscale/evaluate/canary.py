@@ -23,7 +23,7 @@ _HIDDEN_TOLERANCE = (0.3, 0.03)
 0.006 on average, over 1,024 positions."""
 _ENTRIES = 64
 _PROBABLE = -6.0
-"""Entries likelier than e^-6 are compared; the others are all noise in bfloat16."""
+"""Entries likelier than e^-6 are compared, and every position's likeliest; the others are all noise in bfloat16."""
 _MANY = 20
 """Of fewer positions (examples), one near tie would decide on the top-1 agreement."""
 
@@ -120,6 +120,8 @@ def compare(served: TopkTargets, plain_TV: torch.Tensor, tolerance: tuple[float,
     """``tolerance``: the largest and the mean difference of log-probabilities. Raises: CanaryError naming the likely cause."""
     local_TK = plain_TV.gather(1, served.ids_TK.long())
     probable = served.logp_TK > _PROBABLE
+    # At a high temperature no entry is that likely.
+    probable[:, 0] = True
     difference = (served.logp_TK - local_TK).abs()[probable]
     worst, mean = float(difference.max()), float(difference.mean())
     most, most_mean = tolerance

@@ -211,7 +211,7 @@ class StudentJob:
         self._phase("exporting")
         report["export_max_logit_difference"] = export(
             self._student,
-            loader.batch(0).cut(slice(0, 1)),
+            loader.batch(0, slice(0, 1)),
             self._directory / "student",
             save_reader,
             config,

@@ -133,10 +133,10 @@ class OwnText:
         """What on-policy step ``step`` trains on, once it is written; none for another step."""
         return self._read(step) if self._plan.on_policy(step) else None
 
-    def batch(self, step: int) -> Batch:
-        """What step ``step`` trains on, once it is there."""
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """What step ``step`` trains on, once it is there, or the given ``rows`` of it."""
         rollout = self.rollout(step)
-        return self._loader.batch(step) if rollout is None else rollout.batch
+        return self._loader.batch(step, rows) if rollout is None else rollout.batch.cut(rows)
 
     def _wait(self, step: int) -> Rollout:
         tensors = self._exchange.wait(f"rollout-{step}", self._section.give_up_seconds, self._closed.is_set)

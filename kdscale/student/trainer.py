@@ -74,7 +74,7 @@ class Outcome:
 class Batches(Protocol):
     """What steps train on."""
 
-    def batch(self, number: int) -> Batch: ...
+    def batch(self, number: int, rows: slice = slice(None)) -> Batch: ...
 
 
 class Saving(Protocol):
@@ -122,7 +122,7 @@ class Trainer:
                 yield partial(self._share, number, micro), self._config.target_spec(number)
 
     def _share(self, number: int, micro: int) -> Batch:
-        return self._batches.batch(number).cut(self._cut.rows_of(self._data_rank, micro))
+        return self._batches.batch(number, self._cut.rows_of(self._data_rank, micro))
 
     def prefetch(self, start: int, source: TargetSource) -> Prefetcher:
         """Requests for everything from step ``start`` on, as far ahead as the window allows; asks at once."""

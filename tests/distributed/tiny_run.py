@@ -108,8 +108,8 @@ class Case:
 class Rows(Loader):
     """Ids within the tiny vocabulary."""
 
-    def batch(self, number: int) -> TokenBatch:
-        batch = super().batch(number)
+    def batch(self, number: int, rows: slice = slice(None)) -> TokenBatch:
+        batch = super().batch(number, rows)
         batch.ids_RL[:] %= VOCAB
         return batch
 

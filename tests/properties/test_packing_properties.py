@@ -24,10 +24,10 @@ class Documents:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def document(self, index: int, tokens: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         length = int(self.lengths[index])
         trained = np.full(length, index not in self._untrained)
-        return np.arange(length, dtype=np.int32) + 1000 * index, trained
+        return (np.arange(length, dtype=np.int32) + 1000 * index)[tokens], trained[tokens]
 
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=30)

@@ -9,9 +9,10 @@ import sentencepiece
 
 from kdscale.config.schema import RunConfig
 from kdscale.data.pairs import TokenizerPair
+from kdscale.data.tokenizer import HuggingFaceTokenizer
 from kdscale.errors import IdentityError, ModelError
 from kdscale.prepare import prepare, run_identity
-from tests.conftest import make_model
+from tests.conftest import make_model, make_tokenizer
 from tests.pairs import SIZE, make_vocabulary
 
 
@@ -29,6 +30,18 @@ def config(teacher: Path, tokenizer: Path, **student: Any) -> RunConfig:
             "alignment": {"method": "gold", "tokenizer": str(tokenizer)},
         }
     )
+
+
+def test_text_is_read_by_the_tokenizer_that_the_data_names(teacher_dir: Path, tmp_path: Path):
+    """It agrees with the teacher's on ids, and ends documents its own way: every rank loads it."""
+    own = make_tokenizer(tmp_path / "own", eos_token="<|end|>")
+    fields = {"teacher": {"model": str(teacher_dir)}, "student": {"layers": [0]}}
+    found = {}
+    for name, data in (("teacher's", {}), ("own", {"tokenizer": str(own)})):
+        prepared = prepare(RunConfig.model_validate(fields | {"data": {"train": ["none"], **data}}))
+        assert isinstance(prepared.reader, HuggingFaceTokenizer)
+        found[name] = prepared.reader.decode([prepared.reader.eos_id or 0])
+    assert found == {"teacher's": "<eos>", "own": "<|end|>"}
 
 
 def test_the_wire_speaks_the_teachers_tokens(teacher_dir: Path, own: Path):

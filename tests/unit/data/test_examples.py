@@ -17,6 +17,7 @@ from kdscale.data.examples import ExampleLoader, Examples, build_examples
 from kdscale.data.tokenizer import load_tokenizer
 from kdscale.errors import DataError
 from tests.classes import PIXELS, digits
+from tests.unit.data.test_loader import assert_same
 
 CLASSES = tuple(map(str, range(10)))
 ROWS = [{"image": image.tolist(), "label": int(label)} for image, label in zip(*digits(12), strict=True)]
@@ -74,6 +75,7 @@ def test_batches_are_a_pure_function_of_seed_and_number(tmp_path: Path):
         np.testing.assert_array_equal(batch.labels(), np.concatenate([half.labels() for half in halves]))
         known = dict(contents(corpus))
         assert [known[row.tobytes()] for row in batch.inputs_RL] == batch.labels().tolist()
+        assert_same(loader.batch(number, slice(1, 3)), batch.cut(slice(1, 3)))
     other = ExampleLoader(corpus.train, 16, 4, seed=4)
     assert not np.array_equal(other.batch(0).inputs_RL, loader.batch(0).inputs_RL)
     held = ExampleLoader(corpus.heldout, 16, 1, seed=3).heldout_batches(99, rows_per_batch=2)

@@ -7,10 +7,12 @@ import pytest
 from kdscale.config.sections import DataSection
 from kdscale.data.pairs import PairLoader, TokenizerPair, build_pairs, pieces_of
 from kdscale.data.sources import Document
+from kdscale.data.tokenizer import load_tokenizer
 from kdscale.errors import DataError, PayloadError
 from kdscale.paired import PairedBatch
 from tests.conftest import make_tokenizer
 from tests.pairs import make_pair, make_vocabulary
+from tests.unit.data.test_loader import PARTS, assert_same
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,8 @@ def test_cut_rows_keep_their_spans(loader: PairLoader, pair: TokenizerPair):
     batch = loader.batch(0)
     rows = batch.rows()
     assert sum(len(row.spans_S5) for row in rows) == len(batch.spans_S5)
+    for part in PARTS[:2]:
+        assert_same(loader.batch(0, part), batch.cut(part))
     for row in [*rows, batch.cut(slice(1, 3))]:
         assert_spans_are_text(row, pair)
     assert sum(row.unaligned_bytes for row in rows) == batch.unaligned_bytes
@@ -92,6 +96,20 @@ def test_one_tokenizer_on_both_sides_aligns_every_token(text_dir: Path, tmp_path
     assert batch.unaligned_bytes == 0
     assert len(batch.spans_S5) == batch.num_tokens == batch.teacher.num_tokens
     assert (batch.ids_RL == batch.teacher.ids_RL).all()
+
+
+def test_another_end_token_is_another_corpus(text_dir: Path, tmp_path: Path, pair: TokenizerPair):
+    other = load_tokenizer(str(make_tokenizer(tmp_path / "other", every_byte=True, eos_token="<|end|>")))
+    pairs = [pair, TokenizerPair(pair.student, other)]
+    assert len({one.fingerprint for one in pairs}) == 1, "they read text alike"
+    corpora = [build_pairs(section(text_dir, tmp_path), one, lambda *_: None) for one in pairs]
+    last = [one.train.piece(len(one.train) - 1).teacher for one in corpora]
+    assert [side.ids[-1] for side in last] == [one.teacher.eos_id for one in pairs]
+    unended = [
+        build_pairs(section(text_dir, tmp_path, append_eos=False), one, lambda *_: None).fingerprint for one in pairs
+    ]
+    assert len({*unended, *(one.fingerprint for one in corpora)}) == 3
+    assert unended[0] == unended[1]
 
 
 def test_documents_ends_are_one_token(pair: TokenizerPair):

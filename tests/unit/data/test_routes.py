@@ -14,6 +14,7 @@ from kdscale.data.loader import Loader
 from kdscale.data.tokenizer import load_tokenizer
 from kdscale.errors import DataError
 from tests.conftest import documents
+from tests.unit.data.test_loader import assert_same
 
 ROUTING = Routing("of", ("general", "code"), None)
 
@@ -45,6 +46,7 @@ def test_every_piece_has_its_documents_route(tmp_path: Path, tokenizer_dir: Path
                 piece = batch.ids_RL[row][here].tolist()
                 assert any(route == of_text[text] for text in of_text if _holds(text, piece))
     assert np.array_equal(loader.batch(0).cut(slice(1, 2)).routes_RL, loader.batch(0).routes_RL[1:2])
+    assert_same(loader.batch(1, slice(1, 3)), loader.batch(1).cut(slice(1, 3)))
     # Another order of the teachers, or no routing, is another corpus.
     turned = build(tmp_path, tokenizer_dir, rows, Routing("of", ("code", "general"), None))
     plain = build(tmp_path, tokenizer_dir, rows, None)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from kdscale.engine.directories import load_config, resolve_model
 from kdscale.engine.models import from_teacher_layers, load_causal_lm
 from kdscale.errors import ModelError
-from tests.conftest import make_model
+from tests.conftest import FAMILIES, PADDED_VOCAB, make_model
 
 
 class Planted:
@@ -74,3 +75,43 @@ def test_a_broken_index_is_named(tmp_path: Path, content: str):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ModelError, match=r"index\.json is no index of safetensors files"):
         resolve_model(str(tmp_path))
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": PADDED_VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "no_rope_layer_interval": 2,
+    "pad_token_id": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("smollm3", transformers.SmolLM3Config(**SIZES)),
+        # All of its layers stand in a list of numbers, too.
+        (
+            "llama4_text",
+            transformers.Llama4TextConfig(**SIZES, head_dim=8, intermediate_size_mlp=64, num_local_experts=2),
+        ),
+    ],
+)
+def test_chosen_layers_stay_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, config: transformers.PretrainedConfig
+):
+    """Every second layer of these families is told no positions, by a list in the config."""
+    monkeypatch.setitem(FAMILIES, family, config)
+    teacher = make_model(family)
+    assert teacher.config.no_rope_layers == [1, 0, 1, 0]
+    teacher.save_pretrained(tmp_path)
+    student = from_teacher_layers(tmp_path, [1, 2], torch.float32).eval()
+    assert student.config.no_rope_layers == [0, 1]
+    teacher.model.layers = torch.nn.ModuleList(teacher.model.layers[layer] for layer in (1, 2))
+    teacher.config.num_hidden_layers = 2
+    ids = torch.arange(24).unsqueeze(0) * 7 % 300
+    with torch.no_grad():
+        torch.testing.assert_close(student(input_ids=ids).logits, teacher(input_ids=ids).logits)

@@ -30,6 +30,16 @@ def test_targets_of_something_else_end_the_run(served: torch.Tensor, dtype: torc
         compare(topk_of_logits(served, 16), torch.log_softmax(LOGITS, -1), TOLERANCE[dtype])
 
 
+def test_the_likeliest_are_compared_where_none_is_likely():
+    """A high temperature spreads a vocabulary so that every entry is below e^-6."""
+    logits = 3 * torch.randn(40, 2000, generator=torch.Generator().manual_seed(0))
+    served, plain_TV = topk_of_logits(logits, 16, temperature=50.0), torch.log_softmax(logits / 50, -1)
+    assert served.logp_TK.max() < -6
+    assert compare(served, plain_TV, EXACT).top1_agreement == 1
+    with pytest.raises(CanaryError, match="the served teacher differs from a plain forward"):
+        compare(served, torch.roll(plain_TV, 1, 0), EXACT)
+
+
 def test_a_near_tie_among_few_examples_is_no_fault():
     tied = torch.tensor([[1.0, 1.001, -2.0], [3.0, 0.0, 0.0]])
     other = torch.tensor([[1.001, 1.0, -2.0], [3.0, 0.0, 0.0]])

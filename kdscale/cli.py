@@ -4,7 +4,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,7 +14,7 @@ from kdscale.config import RunConfig, load_config
 from kdscale.config.anchor import anchored
 from kdscale.config.finetune import load_finetune
 from kdscale.config.load import dump_resolved
-from kdscale.config.sections import GgufType
+from kdscale.config.sections import ExportForm, GgufType
 from kdscale.config.teachers import require_named
 from kdscale.credentials import ACCESS_FILE
 from kdscale.errors import ConfigError, KdscaleError
@@ -246,7 +246,7 @@ def export(
         typer.Option(help="what to write (default: runs/NAME/student; student-TYPE.gguf or student-int8 beside it)"),
     ] = None,
     form: Annotated[
-        Literal["hf", "gguf", "int8"],
+        ExportForm,
         typer.Option(
             "--format",
             help="hf: a Hugging Face directory; gguf: one file, for llama.cpp and its like; int8: a Hugging Face directory"

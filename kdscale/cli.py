@@ -13,8 +13,9 @@ from kdscale import __version__, log, supervise
 from kdscale.config import RunConfig, load_config
 from kdscale.config.anchor import anchored
 from kdscale.config.finetune import load_finetune
-from kdscale.config.load import dump_resolved
+from kdscale.config.load import dump_resolved, quoted
 from kdscale.config.sections import ExportForm, GgufType
+from kdscale.config.served import load_recorded, load_served
 from kdscale.config.teachers import require_named
 from kdscale.credentials import ACCESS_FILE
 from kdscale.errors import ConfigError, KdscaleError
@@ -117,13 +118,13 @@ def teacher(
     if join is None:
         if only:
             raise ConfigError(f"--only {only[0]} goes with --join: a served directory has all teachers of its config")
-        _drive("serve", load_config(config, [*(overrides or []), "run.name=teacher"]), str(write), None)
+        _drive("serve", load_served(config, overrides, "teacher"), str(write), None)
     access_file = join / ACCESS_FILE if join.is_dir() else join
     if not access_file.is_file():
         raise ConfigError(f"--join {join}: {access_file} does not exist; a run that serves a teacher keeps it there")
     # Several may join from one machine, and none leaves anything: what a run would keep goes when this ends.
     with tempfile.TemporaryDirectory(prefix="kdscale-join-") as scratch:
-        settings = load_config(config, [*(overrides or []), f"run.dir={scratch}", "run.name=joined"])
+        settings = load_served(config, [*(overrides or []), quoted("run.dir", scratch)], "joined")
         require_named(settings, only or [], "--only")
         _drive("join", settings, str(access_file.absolute()), None, only or [])
 
@@ -140,9 +141,7 @@ def record(
 ) -> None:
     """Score the training text once and keep the targets, so that students train without a teacher. Ctrl-C stops; the same
     command goes on."""
-    whence = ["targets.source=live", "targets.recording=null"]
-    settings = load_config(config, [*(overrides or []), *whence, f"run.name={out.name}"])
-    _drive("record", settings, str(out), teacher_endpoints)
+    _drive("record", load_recorded(config, overrides, out.name), str(out), teacher_endpoints)
 
 
 @app.command(
@@ -156,10 +155,7 @@ def generate(
 ) -> None:
     """Let the teacher write on from the prompts of the training text, for students to learn from. Ctrl-C stops; the same
     command goes on."""
-    settings = load_config(
-        config, [*(overrides or []), "targets.source=live", "targets.recording=null", f"run.name={out.name}"]
-    )
-    _drive("generate", settings, str(out), None)
+    _drive("generate", load_served(config, overrides, out.name), str(out), None)
 
 
 @app.command(
@@ -224,8 +220,8 @@ def evaluate(
     if model is not None:
         if not model.is_dir():
             raise ConfigError(f"--model {model} is not a directory")
-        changes += ["student.init=model", f"student.model={model}", "student.layers=null", "student.config=null"]
-        changes += ["student.freeze=[]", "student.lora=null"]
+        changes += ["student.init=model", quoted("student.model", str(model))]
+        changes += ["student.layers=null", "student.config=null", "student.freeze=[]", "student.lora=null"]
         checkpoint = "never"
     _drive("evaluate", load_config(config, changes), checkpoint, teacher_endpoints)
 

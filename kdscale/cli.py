@@ -369,16 +369,17 @@ def _drive(
 ) -> NoReturn:
     """Run a flow of the driver under supervision and exit with its code."""
     settings = anchored(settings, Path.cwd())
-    directory = Path(settings.run.dir) / settings.run.name
-    # The run's config.yaml is written by its driver, once it is clear that this run may go on in the directory.
-    resolved = directory / f".{flow}.yaml"
-    dump_resolved(settings, resolved)
-    command = [sys.executable, "-m", "kdscale.driver", flow, str(resolved), argument]
     if teacher_endpoints is not None:
         _require_served(teacher_endpoints)
-    command += [str(teacher_endpoints or ""), *only]
-    lock = directory / f".{flow}.lock"
-    raise typer.Exit(supervise.supervise(command, lock, settings.cluster.grace_seconds))
+    # Not in the run's directory: what another invocation there goes by is not changed, and its config.yaml is written by the
+    # driver, once it is clear that this run may go on in it.
+    with supervise.owned(Path(settings.run.dir) / settings.run.name / f".{flow}.lock") as run:
+        resolved = run.temp / "config.yaml"
+        dump_resolved(settings, resolved)
+        command = [sys.executable, "-m", "kdscale.driver", flow, str(resolved), argument]
+        command += [str(teacher_endpoints or ""), *only]
+        code = supervise.supervise(run, command, settings.cluster.grace_seconds)
+    raise typer.Exit(code)
 
 
 def main() -> None:

@@ -48,6 +48,13 @@ def test_a_teacher_s_run_is_called_as_the_user_says(
     assert str(error).startswith(f"another process works on {directory}; ")
 
 
+def test_who_is_refused_a_run_changes_nothing_in_it(file: Path):
+    directory = file.parent / "runs" / "students"
+    with only_one(directory / ".train.lock"):
+        assert isinstance(refusal("train", str(file), "train.lr=1"), PlacementError)
+        assert [path.name for path in directory.iterdir()] == [".train.lock"]
+
+
 def test_what_no_recording_can_hold_is_refused_before_anything_starts(file: Path):
     error = refusal("record", str(file), str(file.parent / "out"), "loss.temperature={start: 4, end: 1}")
     assert isinstance(error, ConfigError), error

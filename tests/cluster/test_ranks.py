@@ -1,5 +1,6 @@
 """Ranks that don't answer, as real actors."""
 
+import tempfile
 import time
 
 import pytest
@@ -8,7 +9,6 @@ from kdscale.cluster.placement import Ask, cluster, reserve
 from kdscale.cluster.ranks import RankGroup
 from kdscale.config.sections import ClusterSection
 from kdscale.errors import TeacherError
-from tests.runs import TEMP
 
 
 class Sleeper:
@@ -25,7 +25,12 @@ class Sleeper:
 @pytest.mark.slow
 def test_a_wait_that_ends_names_its_setting():
     ask = Ask("teacher", 2, 1, 0)
-    with cluster(ClusterSection(), [ask], str(TEMP), lambda fault: None), reserve(ask, 60) as group:
+    with (
+        # Not tmp_path: the path of a Unix socket is short.
+        tempfile.TemporaryDirectory(prefix="kdscale-") as temp,
+        cluster(ClusterSection(), [ask], temp, lambda fault: None),
+        reserve(ask, 60) as group,
+    ):
         ranks = RankGroup(Sleeper, ask, group, TeacherError)
         ranks.locate(60, "teacher.start_seconds")
         with pytest.raises(TeacherError) as caught:

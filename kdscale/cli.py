@@ -4,7 +4,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,8 +13,9 @@ from kdscale import __version__, log, supervise
 from kdscale.config import RunConfig, load_config
 from kdscale.config.anchor import anchored
 from kdscale.config.finetune import load_finetune
-from kdscale.config.load import dump_resolved
-from kdscale.config.sections import GgufType
+from kdscale.config.load import dump_resolved, quoted
+from kdscale.config.sections import ExportForm, GgufType
+from kdscale.config.served import load_recorded, load_served
 from kdscale.config.teachers import require_named
 from kdscale.credentials import ACCESS_FILE
 from kdscale.errors import ConfigError, KdscaleError
@@ -117,13 +118,13 @@ def teacher(
     if join is None:
         if only:
             raise ConfigError(f"--only {only[0]} goes with --join: a served directory has all teachers of its config")
-        _drive("serve", load_config(config, [*(overrides or []), "run.name=teacher"]), str(write), None)
+        _drive("serve", load_served(config, overrides, "teacher"), str(write), None)
     access_file = join / ACCESS_FILE if join.is_dir() else join
     if not access_file.is_file():
         raise ConfigError(f"--join {join}: {access_file} does not exist; a run that serves a teacher keeps it there")
     # Several may join from one machine, and none leaves anything: what a run would keep goes when this ends.
     with tempfile.TemporaryDirectory(prefix="kdscale-join-") as scratch:
-        settings = load_config(config, [*(overrides or []), f"run.dir={scratch}", "run.name=joined"])
+        settings = load_served(config, [*(overrides or []), quoted("run.dir", scratch)], "joined")
         require_named(settings, only or [], "--only")
         _drive("join", settings, str(access_file.absolute()), None, only or [])
 
@@ -140,9 +141,7 @@ def record(
 ) -> None:
     """Score the training text once and keep the targets, so that students train without a teacher. Ctrl-C stops; the same
     command goes on."""
-    whence = ["targets.source=live", "targets.recording=null"]
-    settings = load_config(config, [*(overrides or []), *whence, f"run.name={out.name}"])
-    _drive("record", settings, str(out), teacher_endpoints)
+    _drive("record", load_recorded(config, overrides, out.name), str(out), teacher_endpoints)
 
 
 @app.command(
@@ -156,10 +155,7 @@ def generate(
 ) -> None:
     """Let the teacher write on from the prompts of the training text, for students to learn from. Ctrl-C stops; the same
     command goes on."""
-    settings = load_config(
-        config, [*(overrides or []), "targets.source=live", "targets.recording=null", f"run.name={out.name}"]
-    )
-    _drive("generate", settings, str(out), None)
+    _drive("generate", load_served(config, overrides, out.name), str(out), None)
 
 
 @app.command(
@@ -224,8 +220,8 @@ def evaluate(
     if model is not None:
         if not model.is_dir():
             raise ConfigError(f"--model {model} is not a directory")
-        changes += ["student.init=model", f"student.model={model}", "student.layers=null", "student.config=null"]
-        changes += ["student.freeze=[]", "student.lora=null"]
+        changes += ["student.init=model", quoted("student.model", str(model))]
+        changes += ["student.layers=null", "student.config=null", "student.freeze=[]", "student.lora=null"]
         checkpoint = "never"
     _drive("evaluate", load_config(config, changes), checkpoint, teacher_endpoints)
 
@@ -246,7 +242,7 @@ def export(
         typer.Option(help="what to write (default: runs/NAME/student; student-TYPE.gguf or student-int8 beside it)"),
     ] = None,
     form: Annotated[
-        Literal["hf", "gguf", "int8"],
+        ExportForm,
         typer.Option(
             "--format",
             help="hf: a Hugging Face directory; gguf: one file, for llama.cpp and its like; int8: a Hugging Face directory"
@@ -373,16 +369,17 @@ def _drive(
 ) -> NoReturn:
     """Run a flow of the driver under supervision and exit with its code."""
     settings = anchored(settings, Path.cwd())
-    directory = Path(settings.run.dir) / settings.run.name
-    # The run's config.yaml is written by its driver, once it is clear that this run may go on in the directory.
-    resolved = directory / f".{flow}.yaml"
-    dump_resolved(settings, resolved)
-    command = [sys.executable, "-m", "kdscale.driver", flow, str(resolved), argument]
     if teacher_endpoints is not None:
         _require_served(teacher_endpoints)
-    command += [str(teacher_endpoints or ""), *only]
-    lock = directory / f".{flow}.lock"
-    raise typer.Exit(supervise.supervise(command, lock, settings.cluster.grace_seconds))
+    # Not in the run's directory: what another invocation there goes by is not changed, and its config.yaml is written by the
+    # driver, once it is clear that this run may go on in it.
+    with supervise.owned(Path(settings.run.dir) / settings.run.name / f".{flow}.lock") as run:
+        resolved = run.temp / "config.yaml"
+        dump_resolved(settings, resolved)
+        command = [sys.executable, "-m", "kdscale.driver", flow, str(resolved), argument]
+        command += [str(teacher_endpoints or ""), *only]
+        code = supervise.supervise(run, command, settings.cluster.grace_seconds)
+    raise typer.Exit(code)
 
 
 def main() -> None:

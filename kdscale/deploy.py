@@ -16,11 +16,11 @@ from kdscale.batch import Batch
 from kdscale.compare import Comparison, compare, heldout_rows, require_same, sample_rows, text_rows, view
 from kdscale.config.hardware import cpu_sums_int8
 from kdscale.config.schema import RunConfig
-from kdscale.config.sections import ExportSection, GgufType
+from kdscale.config.sections import ExportForm, ExportSection, GgufType
 from kdscale.data.tokenizer import load_tokenizer
 from kdscale.durable import sync_directory, sync_file, write_durably
 from kdscale.engine.directories import load_config, require_language_model, stored_dtype
-from kdscale.engine.export import put_in_place, staged
+from kdscale.engine.export import put_in_place, require_replaceable, staged
 from kdscale.engine.gguf_file import load_gguf, own_type, require_gguf, write_gguf
 from kdscale.engine.gguf_tokenizer import require_same_tokens
 from kdscale.engine.int8_model import load_int8, require_int8, write_int8
@@ -69,7 +69,11 @@ def to_gguf(
     Raises:
         KdscaleError: what reading checkpoint, model and text, or writing the file raises.
     """
-    with _model_of(source, checkpoint, text) as (directory, rows, place):
+    place = _place(source)
+    if out is not None:
+        # Before a run's student is built.
+        _require_places(out, "gguf")
+    with _model_of(source, checkpoint, text) as (directory, rows):
         kind = kind or own_type(load_config(directory))
         return export_gguf(directory, out or place.with_name(f"{place.name}-{kind}.gguf"), kind, rows)
 
@@ -83,8 +87,11 @@ def to_int8(source: RunConfig | Path, checkpoint: str, out: Path | None, text: l
         KdscaleError: what reading checkpoint, model and text, or writing the directory raises.
     """
     export = ExportSection() if isinstance(source, Path) else source.export
-    with _model_of(source, checkpoint, text) as (directory, rows, place):
-        return export_int8(directory, out or place.with_name(f"{place.name}-int8"), rows, export.shard_bytes)
+    place = _place(source)
+    out = out or place.with_name(f"{place.name}-int8")
+    _require_places(out, "int8")
+    with _model_of(source, checkpoint, text) as (directory, rows):
+        return export_int8(directory, out, rows, export.shard_bytes)
 
 
 def export_gguf(directory: Path, out: Path, kind: GgufType, batches: list[Batch] | None) -> Report:
@@ -94,11 +101,12 @@ def export_gguf(directory: Path, out: Path, kind: GgufType, batches: list[Batch]
 
     Raises:
         ModelError: a family, tokenizer or setting that GGUF cannot carry; or what was written is not the model.
-        ConfigError: a ``kind`` that rounds, and nothing to measure it on.
+        ConfigError: a ``kind`` that rounds, and nothing to measure it on; or ``out`` is something else than a GGUF file.
     """
     fields = load_config(directory)
     require_language_model(fields, directory)
     require_gguf(fields, directory)
+    _require_places(out, "gguf")
     lossless = kind in ("f32", own_type(fields))
     if batches is None and not lossless:
         raise _unmeasured(f"--type {kind}")
@@ -138,14 +146,15 @@ def export_int8(directory: Path, out: Path, batches: list[Batch] | None, shard_b
 
     Raises:
         ModelError: a family that is not supported, or quantised already; or what was written is not the model.
-        ConfigError: torchao or VNNI is missing, there is nothing to measure on, or ``out`` is something else than an export.
+        ConfigError: torchao or VNNI is missing, there is nothing to measure on, or ``out`` is something else than an int8
+            export.
     """
     fields = load_config(directory)
     require_language_model(fields, directory)
     require_int8(fields, directory)
     if batches is None:
         raise _unmeasured("--format int8")
-    _require_replaceable(out, directory)
+    _require_places(out, "int8")
     if not cpu_sums_int8():
         raise ConfigError(
             "--format int8: sums of int8 products overflow on this processor, which has no VNNI, so that what is written could"
@@ -153,7 +162,7 @@ def export_int8(directory: Path, out: Path, batches: list[Batch] | None, shard_b
         )
     vocab_size = load_tokenizer(str(directory)).vocab_size
     own = stored_dtype(fields)
-    staging = staged(out)
+    staging = staged(out, "int8")
     try:
         model = load_causal_lm(directory, own)
         before = view(model.float(), vocab_size, batches)
@@ -188,14 +197,19 @@ def export_int8(directory: Path, out: Path, batches: list[Batch] | None, shard_b
     return report
 
 
+def _place(source: RunConfig | Path) -> Path:
+    """What default names of exports begin with."""
+    return source.absolute() if isinstance(source, Path) else Path(source.run.dir) / source.run.name / "student"
+
+
 @contextmanager
 def _model_of(
     source: RunConfig | Path, checkpoint: str, text: list[str] | None
-) -> Iterator[tuple[Path, list[Batch] | None, Path]]:
-    """(model directory, what it is measured on, path that names of exports begin with). A run's is gone afterwards."""
+) -> Iterator[tuple[Path, list[Batch] | None]]:
+    """(model directory, what it is measured on). A run's is gone afterwards."""
     if isinstance(source, Path):
         directory = source.absolute()
-        yield directory, text_rows(text, directory) if text else None, directory
+        yield directory, text_rows(text, directory) if text else None
         return
     if source.task != "language-modelling":
         raise ConfigError(
@@ -207,24 +221,33 @@ def _model_of(
     with tempfile.TemporaryDirectory(prefix=".export-", dir=run if run.is_dir() else None) as scratch:
         directory = export_checkpoint(source, checkpoint, Path(scratch) / source.run.name)
         require_language_model(load_config(directory), directory)
-        yield directory, text_rows(text, directory) if text else heldout_rows(source), run / "student"
+        yield directory, text_rows(text, directory) if text else heldout_rows(source)
 
 
 def _unmeasured(what: str) -> ConfigError:
     return ConfigError(f"{what} rounds the weights; name text to measure what that costs on with --text FILE")
 
 
-def _require_replaceable(out: Path, source: Path) -> None:
-    """Raises: ConfigError when something lies at ``out`` that no earlier export can have left there."""
-    if not out.exists():
-        return
-    if out.resolve() == source.resolve():
-        raise ConfigError(f"--out {out} is the model itself, which would be lost; name another directory")
-    config = out / "config.json"
-    if not out.is_dir() or (
-        any(out.iterdir()) and not (config.is_file() and "quantization_config" in config.read_text())
-    ):
-        raise ConfigError(f"--out {out} exists and is no int8 export; name another one, or remove it")
+def _require_places(out: Path, form: ExportForm) -> None:
+    """Whether an export may be written to ``out``, and its report beside it. Raises: ConfigError."""
+    require_replaceable(out, form)
+    report = _report_of(out)
+    if report.exists() and not _is_report(report):
+        raise ConfigError(
+            f"--out {out}: its report would replace {report}, which is none; name another one, or move it away"
+        )
+
+
+def _report_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.json")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"file", "type", "kl"} <= found.keys()
 
 
 def _weight_bytes(directory: Path) -> int:
@@ -232,4 +255,4 @@ def _weight_bytes(directory: Path) -> int:
 
 
 def _write_report(report: Report, out: Path) -> None:
-    write_durably(out.with_name(f"{out.name}.json"), (json.dumps(asdict(report), indent=1) + "\n").encode())
+    write_durably(_report_of(out), (json.dumps(asdict(report), indent=1) + "\n").encode())

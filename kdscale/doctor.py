@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from kdscale.config.schema import RunConfig
-from kdscale.engine.settings import topology_of
+from kdscale.estimate import cores_and_gpus
 
 _SHM_FLOOR = 256 << 20
 _MEMORY_FLOOR = 4 << 30
@@ -97,12 +97,9 @@ def _token() -> Check:
 
 
 def _needs(config: RunConfig, cores: int, gpus: int) -> Iterator[Check]:
-    ranks = topology_of(config.student.parallel).world
-    teachers = config.named_teachers.values()
-    wanted = sum(one.ranks * one.gpus_per_rank for one in teachers) + ranks * config.student.gpus_per_rank
     if config.cluster.address is None:
+        threads, wanted = cores_and_gpus(config)
         yield Check("ok" if wanted <= gpus else "fail", "GPUs the config needs", f"{wanted}, this machine has {gpus}")
-        threads = sum(one.ranks * one.cpus_per_rank for one in teachers) + ranks * config.student.cpus_per_rank
         verdict: Verdict = "ok" if threads <= 2 * cores else "warn"
         yield Check(verdict, "threads the config starts", f"{threads} on {cores} cores")
     port = config.stream.directory_port

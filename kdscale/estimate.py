@@ -12,7 +12,8 @@ from kdscale.config.alignment import AlignmentSection
 from kdscale.config.hardware import cpu_has_bfloat16
 from kdscale.config.schema import RunConfig
 from kdscale.config.sections import Dtype, StudentSection, TeacherSection
-from kdscale.engine.settings import GATHERED_AT_ONCE, student_dtype
+from kdscale.engine.settings import GATHERED_AT_ONCE, student_dtype, topology_of
+from kdscale.stream.whole import needs_no_teacher
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 
@@ -176,11 +177,23 @@ def item_bytes(dtype: Dtype, gpus_per_rank: int) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
+def cores_and_gpus(config: RunConfig) -> tuple[int, int]:
+    """CPU cores (threads of ranks) and GPUs that a run asks for: of its student, of all replicas of the teachers it starts, and
+    of who writes the student's text."""
+    teachers = () if needs_no_teacher(config.targets) else config.named_teachers.values()
+    asked = [(one.replicas * one.ranks, one.cpus_per_rank, one.gpus_per_rank) for one in teachers]
+    student, writers = config.student, config.on_policy
+    asked.append((topology_of(student.parallel).world, student.cpus_per_rank, student.gpus_per_rank))
+    if writers is not None:
+        asked.append((writers.ranks, writers.cpus_per_rank, writers.gpus_per_rank))
+    return sum(ranks * cpus for ranks, cpus, _ in asked), sum(ranks * gpus for ranks, _, gpus in asked)
+
+
 def host_memory(
     config: RunConfig, teachers: Iterable[TeacherSection], *, student: bool, rollouts: bool = False
 ) -> int | None:
     """Bytes of host memory that the ranks on CPUs which are started need together for weights and model states, those of
-    ``teachers`` among them; ``None``: unknown.
+    ``teachers`` among them; ``None``: unknown. Ranks with GPUs are not counted.
 
     A teacher's weights are counted once a replica, over its ranks, with the file that rank 0 maps while loading.
     """
@@ -190,15 +203,17 @@ def host_memory(
         return None
     needed = 0
     for one in teachers:
+        if one.gpus_per_rank:
+            continue
         theirs = read_model(one.model)
         if theirs.parameters is None or theirs.file_bytes is None:
             return None
         needed += one.replicas * theirs.parameters * item_bytes(one.dtype, 0) + theirs.file_bytes
-    if not student:
-        return needed
     parallel, width = config.student.parallel, item_bytes(student_dtype(config), 0)
-    if rollouts and config.on_policy is not None:
+    if rollouts and config.on_policy is not None and not config.on_policy.gpus_per_rank:
         needed += config.on_policy.ranks * parameters * width
+    if not student or config.student.gpus_per_rank:
+        return needed
     # The stages of a pipeline hold one model between them, but each rank builds the whole one first.
     states = student_memory(parameters, trained, config.zero_stage, parallel.data, width)
     building = parallel.pipeline * parallel.data * parameters * width

@@ -10,7 +10,7 @@ from kdscale.data.reading import load_reader
 from kdscale.engine.checkpoint import verify
 from kdscale.engine.described import student_pixels
 from kdscale.engine.directories import resolve_model
-from kdscale.engine.export import load_checkpoint_weights, write_model
+from kdscale.engine.export import load_checkpoint_weights, require_replaceable, write_model
 from kdscale.engine.models import build_student
 from kdscale.errors import CheckpointError
 from kdscale.mirror import find
@@ -23,8 +23,14 @@ def export_checkpoint(config: RunConfig, checkpoint: str, out: Path | None) -> P
 
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one of another student.
+        ConfigError: ``out`` is something else than an earlier export.
     """
     run = Path(config.run.dir) / config.run.name
+    own = run / "student"
+    written = out or own
+    # What a run has exported is its own to replace.
+    if written.resolve() != own.resolve():
+        require_replaceable(written, "hf")
     found = find(config, "auto") if checkpoint == "auto" else verify(Path(checkpoint))
     if found is None:
         raise CheckpointError(f"{run / 'checkpoints'} holds no checkpoint; train first, or name one with --checkpoint")
@@ -34,7 +40,6 @@ def export_checkpoint(config: RunConfig, checkpoint: str, out: Path | None) -> P
     pair = reader if isinstance(reader, TokenizerPair) else None
     model = build_student(config.student, directory, dtype, config.task, pair)
     load_checkpoint_weights(model, found)
-    written = out or run / "student"
     save = (student_pixels(config.student, directory, config.task) or reader).save
     write_model(model, dict(model.state_dict()), written, save, config.export.shard_bytes)
     return written

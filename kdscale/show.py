@@ -12,6 +12,7 @@ from kdscale.data.trial import require_sound
 from kdscale.engine.settings import batch_cut, check_settings, student_dtype, topology_of
 from kdscale.estimate import (
     ModelFiles,
+    cores_and_gpus,
     item_bytes,
     pending_checkpoint,
     read_model,
@@ -67,13 +68,10 @@ def _layout(config: RunConfig) -> Table:
         f"{parallel.pipeline} pipeline x {parallel.data} data = {ranks} ranks, ZeRO-{config.zero_stage};"
         f" {student.cpus_per_rank} CPU, {student.gpus_per_rank} GPU each",
     )
-    served = config.named_teachers.values() if live else ()
-    cpus = sum(one.replicas * one.ranks * one.cpus_per_rank for one in served) + ranks * student.cpus_per_rank
-    gpus = sum(one.replicas * one.ranks * one.gpus_per_rank for one in served) + ranks * student.gpus_per_rank
     if (writers := config.on_policy) is not None:
         each = f"a whole student each; {writers.cpus_per_rank} CPU, {writers.gpus_per_rank} GPU each"
         table.add_row("rollouts", f"{writers.ranks} ranks, {each}")
-        cpus, gpus = cpus + writers.ranks * writers.cpus_per_rank, gpus + writers.ranks * writers.gpus_per_rank
+    cpus, gpus = cores_and_gpus(config)
     table.add_row("in all", f"{cpus} CPU, {gpus} GPU")
     return table
 

@@ -200,7 +200,7 @@ def place(
     elsewhere = job.teacher_endpoints is not None or needs_no_teacher(config.targets)
     served = {} if elsewhere else config.named_teachers
     served = {name: one for name, one in served.items() if only is None or name in only}
-    if config.cluster.address is None and not config.student.gpus_per_rank:
+    if config.cluster.address is None:
         needed = host_memory(config, served.values(), student=student, rollouts=rollouts)
         if needed is not None:
             require_memory(needed, "what starts here (weights, and of a student gradients and optimizer)")

@@ -5,6 +5,7 @@ renamed. fsspec's drivers of object stores are packages of their own (``s3fs``, 
 """
 
 import fcntl
+import glob
 import hashlib
 import os
 import re
@@ -132,6 +133,12 @@ def download(store: Store, names: dict[str, int], to: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _remove_partials(directory: Path) -> None:
+    """What downloads of ``directory`` have left that were killed. The caller holds its lock: none is in progress."""
+    for partial in directory.parent.glob(f".{glob.escape(directory.name)}.{'[0-9a-f]' * 8}.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def fetch(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
     """The directory at ``url`` (its files that are ``wanted``), fetched once per node: whoever comes second waits for the
     first. Another content at the URL is another directory.
@@ -150,6 +157,7 @@ def fetch(url: str, cache: Path, wanted: Callable[[str], bool]) -> Path:
         with (cache / f".{directory.name}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not directory.is_dir():
+                _remove_partials(directory)
                 num_bytes = sum(size for size, _ in files.values())
                 _LOG.info("fetching %s (%.1f GiB) to %s", url, num_bytes / 2**30, directory)
                 download(store, {name: size for name, (size, _) in files.items()}, directory)

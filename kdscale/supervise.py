@@ -83,18 +83,14 @@ def owned(lock_file: Path) -> Iterator[Owned]:
             shutil.rmtree(run.temp, ignore_errors=True)
 
 
-def supervise(command: list[str], lock_file: Path, grace_seconds: float) -> int:
-    """Run ``command`` (a driver) and return its exit code; nothing of it is left when this returns.
+def supervise(run: Owned, command: list[str], grace_seconds: float) -> int:
+    """Run ``command``, the driver of ``run``, and return its exit code.
 
     SIGINT and SIGTERM ask the driver to save and leave; what is alive after ``grace_seconds`` is killed.
-
-    Raises:
-        PlacementError: another process works on the same run.
     """
-    with owned(lock_file) as run:
-        # The driver holds the lock too, for when this process is killed.
-        child = subprocess.Popen(command, env=run.environment, pass_fds=(run.lock.fileno(),), start_new_session=True)
-        return _wait(child, grace_seconds)
+    # The driver holds the lock too, for when this process is killed.
+    child = subprocess.Popen(command, env=run.environment, pass_fds=(run.lock.fileno(),), start_new_session=True)
+    return _wait(child, grace_seconds)
 
 
 @contextlib.contextmanager

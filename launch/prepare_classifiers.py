@@ -94,7 +94,7 @@ def write_digits(directory: Path) -> None:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
-        raise SystemExit("the digits come with scikit-learn; install it with `pip install 'kdscale[images]'`") from None
+        raise SystemExit("the digits come with scikit-learn; install it with `pip install -e '.[images]'`") from None
 
     found = load_digits()
     images = np.rint(found.images * (255 / 16)).astype(np.uint8)

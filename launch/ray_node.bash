@@ -28,11 +28,7 @@ make_token() {
 
 start_node() {
   local options=(--disable-usage-stats --temp-dir "$ray_temp")
-  if [[ " $* " == *" --head "* ]]; then
-    node_address="${node_address:-127.0.0.1}"
-  else
-    options=(--disable-usage-stats)
-  fi
+  [[ " $* " != *" --head "* ]] || node_address="${node_address:-127.0.0.1}"
   [[ -z "${KDSCALE_LABELS:-}" ]] || options+=(--labels "$KDSCALE_LABELS")
   [[ -z "${KDSCALE_AGENT_PORT:-}" ]] || options+=(--dashboard-agent-listen-port "$KDSCALE_AGENT_PORT")
   [[ -z "$node_address" ]] || options+=(--node-ip-address "$node_address")

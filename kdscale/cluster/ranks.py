@@ -63,12 +63,12 @@ class RankGroup:
         ]
         self._on_this_node: list[psutil.Process] = []
 
-    def locate(self, timeout_s: float, meanwhile: Callable[[], Any] | None = None) -> None:
-        """Wait until every rank is a process, and learn which are of this node, so that ``kill`` can end a stopped one.
-        Raises: the group's fault."""
+    def locate(self, timeout_s: float, setting: str, meanwhile: Callable[[], Any] | None = None) -> None:
+        """Wait until every rank is a process, and learn which are of this node, so that ``kill`` can end a stopped one; the rest
+        is as in ``gather``. Raises: the group's fault."""
         this_node = ray.get_runtime_context().get_node_id()
         calls = [actor.__ray_call__.remote(_place) for actor in self.actors]
-        for place in self.gather(calls, "start", timeout_s, meanwhile):
+        for place in self.gather(calls, "start", timeout_s, setting, meanwhile):
             if place.node != this_node:
                 continue
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -76,16 +76,28 @@ class RankGroup:
                 if abs(process.create_time() - place.started) < _SAME_START_S:
                     self._on_this_node.append(process)
 
-    def all(self, method: str, *args: Any, timeout_s: float, meanwhile: Callable[[], Any] | None = None) -> list[Any]:
-        """Call ``method`` on every rank and wait for all answers. Raises: the group's fault, naming the rank."""
+    def all(
+        self,
+        method: str,
+        *args: Any,
+        timeout_s: float,
+        setting: str,
+        meanwhile: Callable[[], Any] | None = None,
+    ) -> list[Any]:
+        """Call ``method`` on every rank and ``gather`` the answers. Raises: the group's fault, naming the rank."""
         calls = [getattr(actor, method).remote(*args) for actor in self.actors]
-        return self.gather(calls, method, timeout_s, meanwhile)
+        return self.gather(calls, method, timeout_s, setting, meanwhile)
 
     def gather(
-        self, calls: list[Any], method: str, timeout_s: float, meanwhile: Callable[[], Any] | None = None
+        self,
+        calls: list[Any],
+        method: str,
+        timeout_s: float,
+        setting: str,
+        meanwhile: Callable[[], Any] | None = None,
     ) -> list[Any]:
-        """The answers to one call per rank, all within ``timeout_s``; the first rank that fails ends the wait.
-        ``meanwhile`` is called twice a second, and what it raises ends the wait too."""
+        """The answers to one call per rank, all within ``timeout_s`` (``setting`` names it); the first rank that fails ends the
+        wait. ``meanwhile`` is called twice a second, and what it raises ends the wait too."""
         left = dict(zip(calls, range(len(calls)), strict=True))
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
@@ -97,7 +109,8 @@ class RankGroup:
                 answers[rank] = self.result(ready[0], rank, method)
             elif time.monotonic() >= deadline:
                 raise self.fault(
-                    f"{self.what}: rank(s) {sorted(left.values())} did not answer {method!r} within {timeout_s:g} s"
+                    f"{self.what}: rank(s) {sorted(left.values())} did not answer {method!r} within"
+                    f" {setting} = {timeout_s:g}"
                 )
             if meanwhile is not None:
                 meanwhile()
@@ -186,16 +199,18 @@ def form_group(
     network: str,
     keys: Keys | None,
     timeout_s: float,
+    setting: str,
     collective_s: float,
     gpus_per_rank: int,
     meanwhile: Callable[[], Any] | None = None,
 ) -> None:
-    """Let every rank join one process group, whose store rank 0 opens to who has ``keys`` and whose collectives may take
-    ``collective_s``. The actor class has ``open_store`` and ``join``."""
+    """Let every rank join one process group, within ``timeout_s`` (``setting`` names it), whose store rank 0 opens to who has
+    ``keys`` and whose collectives may take ``collective_s``. The actor class has ``open_store`` and ``join``."""
     opening = group.actors[0].open_store.remote(network, keys)
-    address = group.gather([opening], "open_store", timeout_s, meanwhile)[0]
+    address = group.gather([opening], "open_store", timeout_s, setting, meanwhile)[0]
     group.all(
         *("join", address, network, keys, timeout_s, collective_s, gpus_per_rank),
         timeout_s=timeout_s,
+        setting=setting,
         meanwhile=meanwhile,
     )

@@ -4,14 +4,13 @@ from pathlib import Path
 
 from kdscale.config.schema import RunConfig
 
-_MADE = {("run", "dir"), ("data", "cache_dir")}
-"""Made where they are missing; the others may also be names of a hub, so that only what exists is taken for a path."""
+_MADE = {("run", "dir"), ("data", "cache_dir"), ("targets", "recording")}
+"""May be made where they are missing; the others may also be names of a hub, so that only what exists is taken for a path."""
 _FOUND = {
     ("data", "tokenizer"),
     ("alignment", "tokenizer"),
     ("teacher", "model"),
     ("student", "model"),
-    ("targets", "recording"),
 }
 _LISTED = {("data", "train"), ("data", "heldout")}
 

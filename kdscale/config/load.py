@@ -24,6 +24,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     return checked(given.fields, given)
 
 
+def quoted(key: str, text: str) -> str:
+    """The override that sets ``key`` to ``text`` as it is: YAML would read ``2024`` as a number."""
+    return f"{key}={json.dumps(text, ensure_ascii=False)}"
+
+
 @dataclass(frozen=True)
 class Given:
     """What a user wrote, before it is checked."""

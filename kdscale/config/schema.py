@@ -90,6 +90,16 @@ class RunConfig(Section):
         column = self.data.teacher_column
         return None if column is None else Routing(column, tuple(self.named_teachers), self.teachers.default)
 
+    @property
+    def recording_refusal(self) -> str | None:
+        """Why no recording can hold the targets; none where one can."""
+        if self.targets.payload == "hidden" or len(set(ends(self.loss.temperature))) == 1:
+            return None
+        return (
+            f"loss.temperature changes during the run, but a recording of targets.payload = {self.targets.payload} holds one"
+            " temperature; use a constant one, or targets.payload: hidden"
+        )
+
     def target_spec(self, step: int) -> TargetSpec:
         """What step ``step`` (from 0) asks the teacher for."""
         targets = self.targets
@@ -195,7 +205,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _recording(self) -> "RunConfig":
-        targets, temperature = self.targets, self.loss.temperature
+        targets = self.targets
         if (targets.source in ("recording", "live+record")) != (targets.recording is not None):
             state = (
                 "is missing: the directory that `kdscale record` has filled, or that live+record fills"
@@ -213,11 +223,8 @@ class RunConfig(Section):
                 f"targets.source = none has no teacher to learn from, and loss.hard_weight = {self.loss.hard_weight} asks for"
                 " one; set loss.hard_weight: 1, or targets.source: live"
             )
-        if targets.recording is not None and targets.payload != "hidden" and len(set(ends(temperature))) > 1:
-            raise ValueError(
-                f"loss.temperature changes during the run, but a recording of targets.payload = {targets.payload} holds one"
-                " temperature; use a constant one, or targets.payload: hidden"
-            )
+        if targets.recording is not None and (refusal := self.recording_refusal) is not None:
+            raise ValueError(refusal)
         return self
 
     @model_validator(mode="after")

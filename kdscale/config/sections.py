@@ -12,6 +12,7 @@ from kdscale.config.section import Section
 from kdscale.spec import DivergenceName, Encoding, Payload, Sampler
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+ExportForm = Literal["hf", "gguf", "int8"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 """How a GGUF file stores matrices. q8_0: 8 bits an element, and a scale for each 32."""
 Temperature = Annotated[Scheduled, AfterValidator(within(lambda v: 0.05 <= v <= 100, "lie in [0.05, 100]"))]

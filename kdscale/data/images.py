@@ -131,7 +131,7 @@ def _decode(raw: bytes, mode: str | None, place: str) -> np.ndarray:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
-        raise DataError(f"{place}: an encoded image needs Pillow; pip install 'kdscale[images]'") from error
+        raise DataError(f"{place}: an encoded image needs Pillow; pip install -e '.[images]'") from error
     if mode is None:
         raise DataError(
             f"{place}: encoded images have {' or '.join(map(str, _MODES))} channels, the teacher reads others"

@@ -8,13 +8,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kdscale.config.sections import ExportForm
 from kdscale.engine.checkpoint import Checkpoint
 from kdscale.engine.layers import PROJECTED
 from kdscale.engine.lora import merged
 from kdscale.engine.partition import digest
 from kdscale.engine.sharding import gathered
 from kdscale.engine.shards import Shards, require_same_frozen
-from kdscale.errors import CheckpointError
+from kdscale.errors import CheckpointError, ConfigError
+
+_MARK = ".kdscale-export"
+"""Tells that a directory is an export, and in which form: a later one may replace it."""
+_GGUF = b"GGUF"
+"""What a GGUF file begins with."""
 
 
 def whole_state(model: PreTrainedModel, rank: int) -> dict[str, torch.Tensor]:
@@ -56,7 +62,7 @@ def write_model(
 ) -> None:
     """Write config, what inputs are read by and safetensors (adapters merged) of at most ``shard_bytes`` each aside, then put
     them in place of ``directory``; what stood there goes when they have its name."""
-    staging = staged(directory)
+    staging = staged(directory, "hf")
     # Students run with their cache on; it is only training that has no use for it.
     cached = hasattr(model.config, "use_cache")
     if cached:
@@ -68,11 +74,45 @@ def write_model(
     put_in_place(staging, directory)
 
 
-def staged(directory: Path) -> Path:
-    """A fresh directory beside ``directory``, to be written and put in its place."""
+def require_replaceable(out: Path, form: ExportForm) -> None:
+    """Whether an export in ``form`` may take the place of what lies at ``out``: of nothing, or an empty directory, or an earlier
+    export in that form. A GGUF file replaces any other, but no directory.
+
+    Raises: ConfigError.
+    """
+    if not out.exists():
+        return
+    if form == "gguf":
+        replaceable, kind = _is_gguf(out), "GGUF file"
+    else:
+        replaceable, kind = _is_free(out) or _form_of(out) == form, f"{form} export of kdscale"
+    if not replaceable:
+        raise ConfigError(f"--out {out} exists and is no {kind}; name another one, or move it away")
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_GGUF)) == _GGUF
+
+
+def _is_free(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _form_of(directory: Path) -> str | None:
+    """In which ``staged`` began the export at ``directory``; none for what is no export."""
+    mark = directory / _MARK
+    return mark.read_text().strip() if mark.is_file() else None
+
+
+def staged(directory: Path, form: ExportForm) -> Path:
+    """A fresh directory beside ``directory``, marked as an export in ``form``, to be written and put in its place."""
     staging = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    (staging / _MARK).write_text(f"{form}\n")
     return staging
 
 

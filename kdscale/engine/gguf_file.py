@@ -125,7 +125,7 @@ def _package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise ConfigError("GGUF needs the package gguf; install it with `pip install 'kdscale[gguf]'`") from None
+        raise ConfigError("GGUF needs the package gguf; install it with `pip install -e '.[gguf]'`") from None
     return gguf
 
 

@@ -25,7 +25,7 @@ _FAMILIES = frozenset({"gemma2", "gemma3_text", "gpt_neox", "llama", "mistral", 
 def require_int8(config: PretrainedConfig, where: Path) -> None:
     """Raises: ModelError for a family that is not on the list; ConfigError without torchao."""
     if not is_torchao_available():
-        raise ConfigError("int8 needs the package torchao; install it with `pip install 'kdscale[int8]'`")
+        raise ConfigError("int8 needs the package torchao; install it with `pip install -e '.[int8]'`")
     if config.model_type not in _FAMILIES:
         raise ModelError(
             f"{where}: a model of type {config.model_type} cannot be written as int8; supported are"

@@ -99,8 +99,9 @@ class RolloutGuard:
                 return
             ranks = RankGroup(RolloutRank, rollout_ask(self._section), self._group, OnPolicyError)
             self._ranks = ranks
-        ranks.locate(limit_s, self._require_wanted)
-        ranks.all("build", self._setup, timeout_s=limit_s, meanwhile=self._require_wanted)
+        setting = "on_policy.start_seconds"
+        ranks.locate(limit_s, setting, self._require_wanted)
+        ranks.all("build", self._setup, timeout_s=limit_s, setting=setting, meanwhile=self._require_wanted)
         heartbeats = Heartbeats(ranks)
         writing = {actor.write.remote(): rank for rank, actor in enumerate(ranks.actors)}
         while not self._stopping.wait(_POLL_S):

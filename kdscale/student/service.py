@@ -17,6 +17,8 @@ from kdscale.errors import StudentError
 from kdscale.stream.protocol import Access
 from kdscale.student.worker import StudentRank, StudentSetup
 
+_STARTING = "student.start_seconds"
+_BEATING = "student.heartbeat_seconds"
 _AFTER_DEATH_S = 3.0
 
 
@@ -42,7 +44,7 @@ class StudentGroup:
         """Form the group and let every rank build, without waiting for the end of it. What ``meanwhile``, called twice a
         second, raises ends the wait. Raises: StudentError."""
         limit_s = self._student.start_seconds
-        self._ranks.locate(limit_s, meanwhile)
+        self._ranks.locate(limit_s, _STARTING, meanwhile)
         self._heartbeats = Heartbeats(self._ranks)
 
         def listen() -> None:
@@ -50,7 +52,8 @@ class StudentGroup:
             meanwhile()
 
         network = self._setup.config.stream.network
-        form_group(self._ranks, network, self._keys, limit_s, limit_s, self._student.gpus_per_rank, listen)
+        gpus = self._student.gpus_per_rank
+        form_group(self._ranks, network, self._keys, limit_s, _STARTING, limit_s, gpus, listen)
         self._building = [actor.build.remote(self._setup) for actor in self._ranks.actors]
         self._build_deadline = time.monotonic() + limit_s
 
@@ -63,7 +66,7 @@ class StudentGroup:
         if left and time.monotonic() > self._build_deadline:
             raise StudentError(
                 f"student: rank(s) {sorted(map(self._building.index, left))} were not built within"
-                f" student.start_seconds = {self._student.start_seconds:g}"
+                f" {_STARTING} = {self._student.start_seconds:g}"
             )
         return None if left else facts[0]
 
@@ -78,7 +81,7 @@ class StudentGroup:
     def events(self) -> list[dict[str, Any]]:
         """What rank 0 has reported since the last call. Raises: StudentError for a rank that is dead or silent."""
         try:
-            beats = self._heartbeats.answers(self._student.heartbeat_seconds, "student.heartbeat_seconds")
+            beats = self._heartbeats.answers(self._student.heartbeat_seconds, _BEATING)
         except StudentError:
             self._lost = True
             raise
@@ -88,7 +91,7 @@ class StudentGroup:
         """What is left to report after the last result. Raises: StudentError."""
         calls = [self._heartbeats.owed(0), self._ranks.actors[0].beat.remote()]
         limit_s = self._student.heartbeat_seconds
-        return [event for call in calls for event in self._ranks.gather([call], "beat", limit_s)[0]]
+        return [event for call in calls for event in self._ranks.gather([call], "beat", limit_s, _BEATING)[0]]
 
     def ask_to_stop(self) -> None:
         self._asked_to_stop = True

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kdscale.spec import Continuation, Prompt
 
 _LOG = log.get(__name__)
+_STARTING = "teacher.start_seconds"
 _BEAT_S = 0.5
 # A rank that dies takes the forward of the others with it: wait so long for all of them, to name the one that died.
 _AFTERMATH_S = 0.5
@@ -54,12 +55,12 @@ class TeacherReplica:
     def begin(self) -> None:
         """Form the group and let every rank load, without waiting for the end of it. Raises: TeacherError."""
         teacher = self._setup.teacher
-        self._ranks.locate(teacher.start_seconds)
+        self._ranks.locate(teacher.start_seconds, _STARTING)
         self._heartbeats = Heartbeats(self._ranks)
         longest_s = max(teacher.load_seconds, teacher.forward_seconds)
         form_group(
-            *(self._ranks, self._setup.network, self._setup.keys, teacher.start_seconds, longest_s),
-            *(teacher.gpus_per_rank, self._listen),
+            *(self._ranks, self._setup.network, self._setup.keys, teacher.start_seconds, _STARTING),
+            *(longest_s, teacher.gpus_per_rank, self._listen),
         )
         _LOG.info("%s of the teacher loads (generation %d)", self.name, self.generation)
         self._building = [actor.build.remote(self._setup) for actor in self._ranks.actors]
@@ -77,10 +78,12 @@ class TeacherReplica:
         built = self.built()
         ranks, first = self._ranks, self._ranks.actors[0]
         limit_s = self._setup.teacher.start_seconds
-        sequencer = ranks.gather([first.open_sequencer.remote()], "open_sequencer", limit_s, self._listen)[0]
+        opening = [first.open_sequencer.remote()]
+        sequencer = ranks.gather(opening, "open_sequencer", limit_s, _STARTING, self._listen)[0]
         addresses = ranks.all(
             *("open_endpoint", sequencer, self.name, self.generation, self.counters),
             timeout_s=limit_s,
+            setting=_STARTING,
             meanwhile=self._listen,
         )
         self._serving = [actor.serve.remote() for actor in self._ranks.actors]
@@ -97,7 +100,8 @@ class TeacherReplica:
 
     def built(self) -> list[dict[str, Any]]:
         """Wait until every rank is built; returns their facts. Raises: TeacherError."""
-        built = self._ranks.gather(self._building, "build", self._setup.teacher.load_seconds, self._listen)
+        limit_s = self._setup.teacher.load_seconds
+        built = self._ranks.gather(self._building, "build", limit_s, "teacher.load_seconds", self._listen)
         _require_sharded(built[0]["parameters"], [one["parameters_held"] for one in built])
         return built
 
@@ -107,7 +111,8 @@ class TeacherReplica:
         """Continuations of one batch, by rank; the group is built and does not serve.
 
         Raises:
-            TeacherError: a rank died, failed, fell silent, or took longer than ``limit_s``; also when ``stopping`` is set.
+            TeacherError: a rank died, failed, fell silent, or took longer than ``limit_s`` (``generate.batch_seconds``); also
+                when ``stopping`` is set.
         """
 
         def watch() -> None:
@@ -118,7 +123,7 @@ class TeacherReplica:
         calls = [
             actor.generate.remote(share, sampling) for actor, share in zip(self._ranks.actors, shares, strict=True)
         ]
-        return self._ranks.gather(calls, "generate", limit_s, watch)
+        return self._ranks.gather(calls, "generate", limit_s, "generate.batch_seconds", watch)
 
     def watch(self, stopping: threading.Event) -> None:
         """Return when ``stopping`` is set.

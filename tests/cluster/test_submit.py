@@ -163,3 +163,19 @@ def test_a_worker_without_the_token_is_told(tmp_path: Path):
     code, text = shell("launch/ray_worker.sh", "127.0.0.1:1", env=env)
     assert code == 1
     assert "holds no token" in text
+
+
+@pytest.mark.parametrize("script", [["ray_head.sh"], ["ray_worker.sh", "127.0.0.1:1"]])
+def test_sockets_and_logs_lie_where_the_help_says(script: list[str], tmp_path: Path):
+    """A `ray` that only writes down how it was called stands in the environment's place; nothing starts."""
+    ray, said, token = tmp_path / "bin" / "ray", tmp_path / "said", tmp_path / "token"
+    ray.parent.mkdir()
+    ray.write_text(f'#!/bin/sh\necho "$@" >>{said}\n')
+    ray.chmod(0o700)
+    token.write_text("0" * 64)
+    token.chmod(0o600)
+    env = {"KDSCALE_VENV": str(tmp_path), "RAY_AUTH_TOKEN_PATH": str(token), "KDSCALE_RAY_TEMP": str(tmp_path / "ray")}
+    (tmp_path / "ray").mkdir()
+    code, text = shell(f"launch/{script[0]}", *script[1:], env=env)
+    assert code == 0, text
+    assert f"--temp-dir {tmp_path / 'ray'} " in said.read_text().splitlines()[0]

@@ -111,12 +111,10 @@ def test_int8_is_measured(model_dir: Path, text: list[str]):
 def test_int8_needs_text_and_a_place(model_dir: Path, text: list[str]):
     with pytest.raises(ConfigError, match=r"--format int8 rounds the weights; name text .* --text FILE"):
         to_int8(model_dir, "auto", None, None)
-    with pytest.raises(ConfigError, match=r"small is the model itself, which would be lost"):
-        to_int8(model_dir, "auto", model_dir, text)
     other = model_dir.with_name("other")
     make_model("llama", seed=1).save_pretrained(other)
-    for taken in (model_dir.parent, Path(text[0]), other):
-        with pytest.raises(ConfigError, match=r"exists and is no int8 export; name another one"):
+    for taken in (model_dir, model_dir.parent, Path(text[0]), other):
+        with pytest.raises(ConfigError, match=r"exists and is no int8 export of kdscale; name another one"):
             to_int8(model_dir, "auto", taken, text)
     assert {path.name for path in model_dir.parent.iterdir()} == {"small", "other", "text.txt"}
 
@@ -126,3 +124,16 @@ def test_classifiers_are_refused(model_dir: Path, text: list[str]):
     (model_dir / "config.json").write_text(json.dumps(fields | {"architectures": ["LlamaForSequenceClassification"]}))
     with pytest.raises(ModelError, match=r"holds a LlamaForSequenceClassification, and only causal language models"):
         to_int8(model_dir, "auto", None, text)
+
+
+def test_a_report_replaces_reports_alone(model_dir: Path):
+    out = model_dir.with_name("small.gguf")
+    beside = out.with_name("small.gguf.json")
+    to_gguf(model_dir, "auto", out, None, None)
+    assert json.loads(beside.read_text())["file"] == str(out)
+    to_gguf(model_dir, "auto", out, None, None)
+    for other in ("[1, 2]", '{"file": "of another program"}', "no JSON"):
+        beside.write_text(other)
+        with pytest.raises(ConfigError, match=rf"--out {out}: its report would replace {beside}, which is none"):
+            to_gguf(model_dir, "auto", out, None, None)
+        assert beside.read_text() == other

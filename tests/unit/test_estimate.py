@@ -40,6 +40,25 @@ def test_only_what_starts_here_needs_memory_here(teacher_dir: Path):
     assert teacher < three < 3 * teacher
 
 
+def test_what_has_gpus_needs_no_memory_here(teacher_dir: Path):
+    def needed(teacher_gpus: int, student_gpus: int, writer_gpus: int) -> int:
+        fields = {
+            "data": {"train": ["x"]},
+            "teacher": {"model": str(teacher_dir), "gpus_per_rank": teacher_gpus},
+            "student": {"layers": [0, 1], "gpus_per_rank": student_gpus},
+            "on_policy": {"gpus_per_rank": writer_gpus},
+        }
+        config = RunConfig.model_validate(fields)
+        found = host_memory(config, [config.teacher], student=True, rollouts=True)
+        assert found is not None
+        return found
+
+    alone = [needed(0, 1, 1), needed(1, 0, 1), needed(1, 1, 0)]
+    assert min(alone) > 0
+    assert needed(0, 0, 0) == sum(alone)
+    assert needed(1, 1, 1) == 0
+
+
 @pytest.mark.parametrize(
     "fields",
     [

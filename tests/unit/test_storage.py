@@ -82,6 +82,19 @@ def test_a_directory_is_fetched_once_and_again_when_it_changes(tmp_path: Path):
         fetch(f"file://{tmp_path}/empty", tmp_path / "cache", everything)
 
 
+def test_what_a_killed_download_left_goes_with_the_next(tmp_path: Path):
+    remote, cache = tmp_path / "remote", tmp_path / "cache"
+    remote.mkdir()
+    (remote / "a").write_text("model")
+    first = fetch(f"file://{remote}", cache, everything)
+    # As if the process had died in the middle of it, and another one were at work on another model.
+    left, others = cache / f".{first.name}.0a1b2c3d.partial", cache / ".another-0123456789abcdef.0a1b2c3d.partial"
+    first.rename(left)
+    others.mkdir()
+    assert fetch(f"file://{remote}", cache, everything) == first
+    assert {path.name for path in cache.iterdir()} == {first.name, f".{first.name}.lock", others.name}
+
+
 def test_processes_of_a_node_share_one_copy(tmp_path: Path):
     remote = tmp_path / "remote"
     remote.mkdir()

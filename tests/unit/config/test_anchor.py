@@ -30,3 +30,15 @@ def test_paths_start_from_the_base_and_hub_names_stay(tmp_path: Path):
     assert found.teacher.model == str(tmp_path / "models/teacher")
     assert found.student.model == "org/student"
     assert anchored(found, Path("/other")) == found, "once is enough"
+
+
+def test_a_recording_that_is_not_made_yet_is_a_path(tmp_path: Path):
+    fields = {
+        "data": {"train": ["x"]},
+        "teacher": {"model": "org/teacher"},
+        "student": {"layers": [0]},
+        "targets": {"source": "live+record", "recording": "recordings/x"},
+    }
+    found = anchored(RunConfig.model_validate(fields), tmp_path)
+    assert found.targets.recording == str(tmp_path / "recordings/x")
+    assert anchored(found, Path("/other")) == found

@@ -117,7 +117,5 @@ def test_families_whose_layers_would_stay_are_refused(family: str):
 
 def test_without_torchao_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(int8_model, "is_torchao_available", lambda: False)
-    with pytest.raises(
-        ConfigError, match=r"needs the package torchao; install it with `pip install 'kdscale\[int8\]'`"
-    ):
+    with pytest.raises(ConfigError, match=r"needs the package torchao; install it with `pip install -e '\.\[int8\]'`"):
         require_int8(FAMILIES["llama"], Path("student"))

@@ -1,0 +1,32 @@
+"""What flows without a student lay over a config: a teacher that is served, joins a run, is recorded, or writes."""
+
+from pathlib import Path
+
+from kdscale.config.load import load_config, quoted
+from kdscale.config.schema import RunConfig
+from kdscale.errors import ConfigError
+
+_ASKED = ["targets.source=live", "targets.recording=null"]
+"""Wherever a student's targets come from, here the teacher is asked."""
+
+
+def load_served(path: str | Path, overrides: list[str] | None, name: str) -> RunConfig:
+    """Like ``load_config``. The run is called ``name``, whatever the config calls its students' run, unless an override says
+    otherwise.
+
+    Raises:
+        ConfigError: see ``load_config``.
+    """
+    return load_config(path, [quoted("run.name", name), *(overrides or []), *_ASKED])
+
+
+def load_recorded(path: str | Path, overrides: list[str] | None, name: str) -> RunConfig:
+    """Like ``load_served``, of a teacher whose targets are kept.
+
+    Raises:
+        ConfigError: also for targets that a recording cannot hold.
+    """
+    config = load_served(path, overrides, name)
+    if (refusal := config.recording_refusal) is not None:
+        raise ConfigError(f"{path}: {refusal}")
+    return config

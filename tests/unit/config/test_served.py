@@ -1,0 +1,64 @@
+"""What a teacher alone lays over a config: a name of its own, and that it is asked."""
+
+from pathlib import Path
+
+import pytest
+
+from kdscale.config.load import dump_resolved, load_resolved
+from kdscale.config.served import load_recorded, load_served
+from kdscale.errors import ConfigError
+
+FILE = """\
+run: {name: students}
+data: {train: [text.jsonl]}
+teacher: {model: some/teacher}
+student: {layers: [0, 1]}
+loss: {hard_weight: 1}
+"""
+MOVING = "loss.temperature={start: 4, end: 1}"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(FILE)
+    return path
+
+
+@pytest.mark.parametrize("name", ["teacher", "2024", "1e3", "null", "on", "2024-01-01"])
+def test_a_name_is_a_name_whatever_yaml_makes_of_it(file: Path, tmp_path: Path, name: str):
+    config = load_served(file, None, name)
+    assert config.run.name == name
+    dump_resolved(config, tmp_path / "resolved.yaml")
+    assert load_resolved(tmp_path / "resolved.yaml") == config
+
+
+def test_an_override_gives_another_name(file: Path):
+    assert load_served(file, ["run.name=second"], "teacher").run.name == "second"
+    assert load_recorded(file, ["run.name=second"], "2024").run.name == "second"
+    with pytest.raises(ConfigError, match=r"run\.name: 'no name' must match"):
+        load_served(file, None, "no name")
+    assert load_served(file, ["run.name=second"], "no name").run.name == "second"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ["targets.source=none"],
+        ["targets.source=recording", "targets.recording=recordings/x"],
+        ["targets.source=live+record", "targets.recording=recordings/x"],
+    ],
+)
+def test_the_teacher_is_asked_wherever_its_students_have_their_targets_from(file: Path, source: list[str]):
+    for load in (load_served, load_recorded):
+        targets = load(file, source, "teacher").targets
+        assert (targets.source, targets.recording) == ("live", None)
+
+
+def test_targets_of_many_temperatures_are_not_recorded(file: Path):
+    rule = r"loss.temperature changes .* targets.payload = topk holds one .*targets.payload: hidden"
+    with pytest.raises(ConfigError, match=rule):
+        load_recorded(file, [MOVING], "out")
+    assert load_recorded(file, [MOVING, "targets.payload=hidden"], "out").targets.payload == "hidden"
+    assert load_recorded(file, ["loss.temperature={start: 2, end: 2}"], "out").loss.temperature
+    load_served(file, [MOVING], "teacher")

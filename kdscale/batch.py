@@ -252,12 +252,12 @@ class SoftTargets:
         """The given positions."""
         return self.each(lambda tensor: tensor[part])
 
-    def split(self, rows: int) -> Iterator[Self]:
-        """All positions, at most ``rows`` at a time; themselves where there are no more."""
-        if len(self) <= rows:
+    def split(self, sizes: list[int]) -> Iterator[Self]:
+        """All positions in parts of so many each."""
+        if len(sizes) == 1:
             yield self
             return
-        for part in zip(*(tensor.split(rows) for tensor in self.tensors()), strict=True):
+        for part in zip(*(tensor.split(sizes) for tensor in self.tensors()), strict=True):
             yield self.with_tensors(part)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -150,7 +150,7 @@ def measure(
 
     def receive() -> SoftTargets:
         arrow.check(batch, wanted)
-        arrow.checksum(batch, schema_bytes(spec, vocab_size, hidden_size), {})
+        arrow.checksum(batch, schema_bytes(spec, vocab_size, hidden_size), b"")
         return decode(batch, spec, vocab_size)
 
     decode_s, targets = _timed(receive, rounds)

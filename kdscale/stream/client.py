@@ -31,6 +31,8 @@ from kdscale.targets.layout import schema_bytes
 _LOG = log.get(__name__)
 Answer = TypeVar("Answer")
 _SAY_S = 5.0
+_CHECKSUM = 32
+"""Bytes of it in front of what a message states."""
 _FATAL = {"IdentityError": IdentityError, "PayloadError": PayloadError}
 _WAIT = tenacity.wait_random_exponential(multiplier=0.2, max=5.0)
 _WAIT_REBUILDING = tenacity.wait_random(0.3, 0.7)
@@ -235,26 +237,29 @@ class FlightSource:
                 chunk = reader.read_chunk()
             except StopIteration:
                 raise PayloadError(f"the answer to {header.request} ended without its last part") from None
-            meta = json.loads(chunk.app_metadata.to_pybytes())
-            if "progress" in meta:
-                if meta["progress"] != progress:
-                    progress = meta["progress"]
+            said = chunk.app_metadata.to_pybytes()
+            if said.startswith(b"{"):
+                now = json.loads(said)["progress"]
+                if now != progress:
+                    progress = now
                     watch.progress()
                 continue
             watch.progress()
+            checksum, stated = said[:_CHECKSUM], said[_CHECKSUM:]
+            meta = json.loads(stated)
             if meta.get("request") != header.request or meta.get("sequence") != len(parts):
                 raise PayloadError(f"message {meta.get('request')}/{meta.get('sequence')} is not the one awaited")
             arrow.check(chunk.data, schema)
             if chunk.data.num_rows != meta["count"] or meta["start"] != count:
                 raise PayloadError(f"{header.request}: {chunk.data.num_rows} rows where {meta['count']} are declared")
-            if arrow.checksum(chunk.data, schema_raw, meta) != meta["checksum"]:
+            if arrow.checksum(chunk.data, schema_raw, stated).encode() != checksum:
                 raise PayloadError(f"{header.request}: part {meta['sequence']} does not agree with its checksum")
             parts.append(chunk.data)
             count += chunk.data.num_rows
             end = meta.get("end")
             if end is not None and (end != count or meta["digest"] != digest.hexdigest()):
                 raise PayloadError(f"the answer to {header.request} does not agree with what its last part says of it")
-            digest.update(meta["checksum"].encode())
+            digest.update(checksum)
         return parts
 
     def _get_stats(self, line: Line) -> dict[str, Any]:

@@ -227,8 +227,9 @@ def decode_rows(batch: pa.RecordBatch, header: Header, vocab_size: int) -> Batch
         return _decode_examples(batch, header)
     num_columns = header.num_columns
     arrow.check(batch, rows_schema(num_columns))
+    # Views of what has arrived: whoever reads them brings rows of several requests together, which copies.
     ids, segments, positions = (
-        arrow.plane(batch, name, "<i4", num_columns).copy() for name in ("ids", "segments", "positions")
+        arrow.plane(batch, name, "<i4", num_columns) for name in ("ids", "segments", "positions")
     )
     # As unsigned numbers those below 0 are the largest.
     if ids.size and ids.view(np.uint32).max() >= vocab_size:

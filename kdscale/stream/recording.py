@@ -103,7 +103,7 @@ class RecordingWriter:
         """A row's answer, as it arrived and was verified. Raises: RecordingError when it cannot be written."""
         batch = pa.concat_batches(parts)
         meta = {"key": key.hex()}
-        meta["checksum"] = arrow.checksum(batch, self._schema_bytes, meta)
+        meta["checksum"] = arrow.checksum(batch, self._schema_bytes, arrow.stated(meta))
         with _writing(self._partial):
             if self._writer is None:
                 self._file = pa.OSFile(str(self._partial), "wb")
@@ -204,7 +204,8 @@ class Recording:
         if (place := self._place(key, spec)) is not None:
             batch, metadata = self._readers[place[0]].get_batch_with_custom_metadata(place[1])
             arrow.check(batch, expected)
-            if arrow.checksum(batch, schema_bytes(*kind), {"key": key.hex()}) != metadata[b"checksum"].decode():
+            checksum = arrow.checksum(batch, schema_bytes(*kind), arrow.stated({"key": key.hex()}))
+            if checksum != metadata[b"checksum"].decode():
                 raise PayloadError(f"{place[0]}: row {place[1]} does not agree with its checksum; record it again")
             self.received.setdefault(spec.payload, Received()).add([batch])
             return decode(batch, spec, self._meaning.vocab_size)

@@ -8,7 +8,6 @@ import json
 import queue
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -27,7 +26,7 @@ from kdscale.targets.encode import encode
 from kdscale.targets.layout import schema as target_schema
 from kdscale.targets.layout import schema_bytes
 
-_PART_BYTES = 4 << 20
+_PART_BYTES = 2 << 20
 """Of one message: large enough that its own cost is small, small enough that sending and checking overlap."""
 _HEAD_PART_BYTES = 64 << 20
 _HEARTBEAT_S = 2.0
@@ -69,16 +68,6 @@ class TargetServer(fl.FlightServerBase):
         self.in_flight = 0
         """Exchanges that have begun and not ended; any thread may read it."""
 
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        with self._lock:
-            self.in_flight += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.in_flight -= 1
-
     def do_exchange(
         self,
         context: fl.ServerCallContext,
@@ -90,10 +79,12 @@ class TargetServer(fl.FlightServerBase):
             kind = Header.opened(descriptor.command, self._token)
         except StreamError as error:
             raise fl.FlightUnauthenticatedError(str(error)) from error
-        with _as_flight_errors():
+        try:
             require_same_meaning(kind.meaning, self._meaning)
             # What the client can take up while its rows are on their way.
             writer.begin(target_schema(kind.spec, self._meaning.vocab_size, self._meaning.hidden_size))
+        except KdscaleError as error:
+            raise _as_flight_error(error) from error
         while (chunk := _next(reader)) is not None:
             if not self._serve(kind, chunk, context, writer):
                 return
@@ -106,7 +97,9 @@ class TargetServer(fl.FlightServerBase):
         writer: fl.MetadataRecordBatchWriter,
     ) -> bool:
         """One request; whether the client is still there. On its own, so that an exchange keeps no answer while it is idle."""
-        with self._counted(), _as_flight_errors():
+        with self._lock:
+            self.in_flight += 1
+        try:
             header = kind.of(chunk.app_metadata.to_pybytes() if chunk.app_metadata is not None else b"")
             batch = decode_rows(chunk.data, header, self._meaning.vocab_size)
             targets = self._answer(self._scorer.submit(header.request, batch, header), context, writer)
@@ -115,6 +108,11 @@ class TargetServer(fl.FlightServerBase):
             assert not isinstance(targets, Head)
             _write(writer, header, targets)
             return True
+        except KdscaleError as error:
+            raise _as_flight_error(error) from error
+        finally:
+            with self._lock:
+                self.in_flight -= 1
 
     def do_get(self, context: fl.ServerCallContext, ticket: fl.Ticket) -> fl.FlightDataStream:
         """The head: its weight's rows as bytes, everything else in the schema's metadata."""
@@ -146,28 +144,25 @@ class TargetServer(fl.FlightServerBase):
         writer: fl.MetadataRecordBatchWriter | None,
     ) -> SoftTargets | Head | None:
         # While the request waits its turn, tell the client how far the forwards are: a queue is not a stall.
-        while not context.is_cancelled():
+        while True:
             try:
                 answer = answers.get(timeout=_HEARTBEAT_S)
             except queue.Empty:
+                if context.is_cancelled():
+                    return None
                 if writer is not None:
                     writer.write_metadata(json.dumps({"progress": self._scorer.progress()}).encode())
                 continue
             if isinstance(answer, KdscaleError):
                 raise answer
             return answer
-        return None
 
 
-@contextmanager
-def _as_flight_errors() -> Iterator[None]:
-    """Faults of ours as what Flight tells the other side."""
-    try:
-        yield
-    except _FATAL as error:
-        raise fl.FlightServerError(str(error), extra_info=type(error).__name__.encode()) from error
-    except KdscaleError as error:
-        raise fl.FlightUnavailableError(str(error)) from error
+def _as_flight_error(error: KdscaleError) -> fl.FlightError:
+    """A fault of ours as what Flight tells the other side."""
+    if isinstance(error, _FATAL):
+        return fl.FlightServerError(str(error), extra_info=type(error).__name__.encode())
+    return fl.FlightUnavailableError(str(error))
 
 
 def _next(reader: fl.MetadataRecordBatchReader) -> fl.FlightStreamChunk | None:
@@ -180,32 +175,42 @@ def _next(reader: fl.MetadataRecordBatchReader) -> fl.FlightStreamChunk | None:
 
 def _write(writer: fl.MetadataRecordBatchWriter, header: Header, targets: SoftTargets) -> None:
     """Send the answer in parts: the client takes up one while the next is made."""
-    size = sum(tensor.nbytes for tensor in targets.tensors())
-    # As even as can be: a small rest would cost as much on its way as a large part does.
-    rows = max(1, -(-len(targets) // max(1, round(size / _PART_BYTES))))
-    for part in _parts(header, targets, rows):
+    for part in _parts(header, targets):
         writer.write_with_metadata(*part)
 
 
-def _parts(header: Header, targets: SoftTargets, rows: int) -> Iterator[tuple[pa.RecordBatch, bytes]]:
-    """Record batches of at most ``rows`` positions, each with metadata that say what it is; the last one's also how much the
-    whole is."""
+def _sizes(targets: SoftTargets) -> list[int]:
+    """Positions of each part: a small one first, so that the client has something to do soon, then as even as can be: a small
+    rest would cost as much on its way as a large part does."""
+    total, size = len(targets), sum(tensor.nbytes for tensor in targets.tensors())
+    first = total * _PART_BYTES // (4 * max(1, size))
+    if size <= _PART_BYTES or not 0 < first < total:
+        return [total]
+    rest = total - first
+    each = -(-rest // max(1, round(rest * size / total / _PART_BYTES)))
+    return [first, *[each] * (rest // each), *([rest % each] if rest % each else [])]
+
+
+def _parts(header: Header, targets: SoftTargets) -> Iterator[tuple[pa.RecordBatch, bytes]]:
+    """Record batches, each with metadata: its checksum, and what it is; the last one's also how much the whole is."""
     kind = (header.spec, header.meaning.vocab_size, header.meaning.hidden_size)
     schema, schema_raw = target_schema(*kind), schema_bytes(*kind)
     digest = xxhash.xxh3_128()
     start = 0
-    for sequence, part in enumerate(targets.split(rows)):
+    for sequence, part in enumerate(targets.split(_sizes(targets))):
         batch = encode(part, header.spec, schema, header.meaning.vocab_size)
         count = len(part)
         meta: dict[str, Any] = {"request": header.request, "sequence": sequence, "start": start, "count": count}
         start += count
         if start == len(targets):
             meta |= {"end": start, "digest": digest.hexdigest()}
-        meta["checksum"] = arrow.checksum(batch, schema_raw, meta)
-        digest.update(meta["checksum"].encode())
-        yield batch, json.dumps(meta).encode()
+        stated = arrow.stated(meta)
+        checksum = arrow.checksum(batch, schema_raw, stated).encode()
+        digest.update(checksum)
+        yield batch, checksum + stated
 
 
+_NOTHING = arrow.stated({})
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -221,7 +226,7 @@ def encode_head(head: Head) -> pa.RecordBatch:
     meta = {"dtype": str(weight.dtype).removeprefix("torch."), "spec": asdict(head.spec)}
     schema = pa.schema(fields, metadata={"kdscale": json.dumps(meta)})
     batch = arrow.record_batch(columns, schema)
-    checksum = arrow.checksum(batch, schema.serialize().to_pybytes(), {})
+    checksum = arrow.checksum(batch, schema.serialize().to_pybytes(), _NOTHING)
     return batch.replace_schema_metadata({"kdscale": json.dumps(meta), "checksum": checksum})
 
 
@@ -231,7 +236,7 @@ def decode_head(batch: pa.RecordBatch) -> Head:
     checksum = metadata.pop(b"checksum", b"").decode()
     batch = batch.replace_schema_metadata(metadata)
     batch.validate(full=True)
-    if arrow.checksum(batch, batch.schema.serialize().to_pybytes(), {}) != checksum:
+    if arrow.checksum(batch, batch.schema.serialize().to_pybytes(), _NOTHING) != checksum:
         raise PayloadError("the teacher's head arrived damaged: its checksum does not agree")
     meta = json.loads(metadata[b"kdscale"])
     if meta["dtype"] not in _DTYPES:

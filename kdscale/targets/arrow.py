@@ -67,15 +67,19 @@ def check(batch: pa.RecordBatch, expected: pa.Schema) -> None:
             raise PayloadError(f"column {field.name} holds {column.null_count} nulls; none are allowed")
 
 
-def checksum(batch: pa.RecordBatch, schema_bytes: bytes, metadata: dict[str, Any]) -> str:
-    """xxh3 of all values, the schema and ``metadata`` (without its own ``checksum``), as hex.
+def stated(metadata: dict[str, Any]) -> bytes:
+    """``metadata`` as the bytes that a checksum is of."""
+    return _CANONICAL.encode(metadata).encode()
+
+
+def checksum(batch: pa.RecordBatch, schema_bytes: bytes, stated: bytes) -> str:
+    """xxh3 of all values, the schema and what is ``stated`` of them, as 32 hex digits.
 
     ``schema_bytes``: the serialized schema, which is the batch's own or one that ``check`` has found equal to it. Made once for
     many batches.
     """
     digest = xxhash.xxh3_128(schema_bytes)
-    stated = {key: value for key, value in metadata.items() if key != "checksum"}
-    digest.update(_CANONICAL.encode(stated).encode())
+    digest.update(stated)
     for column in batch.columns:
         for region in _regions(column):
             digest.update(region)
@@ -86,9 +90,10 @@ def _regions(column: pa.Array) -> list[pa.Buffer | memoryview]:
     """The bytes that hold the column's values: of each buffer just the part that is the column's."""
     _, first, *data = column.buffers()
     if not data:
+        if first is not None and first.size == column.nbytes:
+            return [first]
         size = width(column.type)
-        whole = first is not None and not column.offset and first.size == len(column) * size
-        return [first if whole else _bytes(first)[column.offset * size : (column.offset + len(column)) * size]]
+        return [_bytes(first)[column.offset * size : (column.offset + len(column)) * size]]
     offsets = _bytes(first)[4 * column.offset : 4 * (column.offset + len(column) + 1)]
     if not len(column):
         return [offsets[:0], _bytes(data[0])[:0]]

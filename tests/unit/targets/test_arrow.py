@@ -45,7 +45,7 @@ def back_and_forth(targets: SoftTargets, spec: TargetSpec, vocab: int) -> SoftTa
     arrow.check(received, wanted)
     raw = batch.schema.serialize().to_pybytes()
     assert raw == schema_bytes(spec, vocab, 8)
-    assert arrow.checksum(received, raw, {"a": 1}) == arrow.checksum(batch, raw, {"a": 1, "checksum": "x"})
+    assert arrow.checksum(received, raw, arrow.stated({"a": 1})) == arrow.checksum(batch, raw, arrow.stated({"a": 1}))
     back = decode(received, spec, vocab)
     assert torch.equal(back.labels_T, targets.labels_T)
     return back
@@ -185,7 +185,7 @@ def test_one_flipped_byte_anywhere_is_seen():
     wanted = schema(SPEC, 50, 8)
     batch = encode(targets, SPEC, wanted, 50)
     raw_schema = schema_bytes(SPEC, 50, 8)
-    good = arrow.checksum(batch, raw_schema, {})
+    good = arrow.checksum(batch, raw_schema, b"")
     for index, field in enumerate(wanted):
         raw = bytearray(batch.column(index).buffers()[1].to_pybytes())
         for place in (0, len(raw) // 2, len(raw) - 1):
@@ -194,9 +194,9 @@ def test_one_flipped_byte_anywhere_is_seen():
             columns = [batch.column(other) for other in range(len(wanted))]
             columns[index] = pa.Array.from_buffers(field.type, len(batch), [None, pa.py_buffer(bytes(damaged))])
             damaged_batch = pa.RecordBatch.from_arrays(columns, schema=wanted)
-            assert arrow.checksum(damaged_batch, raw_schema, {}) != good
-    assert arrow.checksum(batch, raw_schema, {"start": 1}) != good
-    assert arrow.checksum(batch, raw_schema + b"x", {}) != good
+            assert arrow.checksum(damaged_batch, raw_schema, b"") != good
+    assert arrow.checksum(batch, raw_schema, arrow.stated({"start": 1})) != good
+    assert arrow.checksum(batch, raw_schema + b"x", b"") != good
 
 
 @pytest.mark.parametrize(

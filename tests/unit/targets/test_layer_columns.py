@@ -83,7 +83,7 @@ def test_damage_is_seen():
         columns = {one: batch.column(one) for one in batch.schema.names}
         columns[name] = pa.Array.from_buffers(column.type, len(batch), [None, pa.py_buffer(bytes(damaged))])
         other = pa.RecordBatch.from_arrays(list(columns.values()), schema=batch.schema)
-        assert arrow.checksum(other, raw, {}) != arrow.checksum(batch, raw, {}), name
+        assert arrow.checksum(other, raw, b"") != arrow.checksum(batch, raw, b""), name
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS["hidden"])

@@ -29,7 +29,7 @@ from kdscale.stream.recording import Provenance, begin, require_provenance
 from kdscale.stream.whole import needs_no_teacher
 from kdscale.student.service import StudentGroup
 from kdscale.summary import make_summary, measure_models
-from kdscale.supervise import only_one
+from kdscale.supervise import filling
 from kdscale.waits import POLL_S, look, ready, show
 
 _LOG = log.get("kdscale.driver")  # which runs as __main__
@@ -44,9 +44,7 @@ def train(job: Job, resume: str) -> None:
     require_resumable(config, checkpoint, identity)
     with ExitStack() as stack:
         if config.targets.recording is not None and not needs_no_teacher(config.targets):
-            # Two that fill it would write the same files; `kdscale record` holds this lock too.
-            lock = Path(config.targets.recording) / ".record.lock"
-            stack.enter_context(only_one(lock, "name another targets.recording"))
+            stack.enter_context(filling(Path(config.targets.recording)))
         slots = place(job, stack, rollouts=True)
         teacher = start_teacher(job, prepared, slots, stack)
         teacher.invite(job.directory / ACCESS_FILE, stack)

@@ -11,6 +11,7 @@ from kdscale.prepare import corpus_of, prepare
 from kdscale.record import Recorder
 from kdscale.start import Job, OwnTeacher, Stopped, load_access, place, start_replicas, start_teacher
 from kdscale.stream.joining import RemoteRegistry
+from kdscale.supervise import filling
 from kdscale.waits import POLL_S, ready, show
 
 _LEAVING_S = 2.5
@@ -80,6 +81,7 @@ def record(job: Job, directory: Path) -> None:
     require_one_teacher(job.config, "kdscale record")
     prepared = prepare(job.config)
     with ExitStack() as stack:
+        stack.enter_context(filling(directory))
         teacher = start_teacher(job, prepared, place(job, stack, student=False), stack)
         corpus = corpus_of(job.config, prepared, job.display.count)
         recorder = Recorder(job.config, prepared.meaning, corpus, directory)

@@ -94,18 +94,33 @@ def supervise(run: Owned, command: list[str], grace_seconds: float) -> int:
 
 
 @contextlib.contextmanager
-def only_one(lock_file: Path, way_out: str = "give this run another run.name") -> Iterator[IO[str]]:
-    """Hold a directory's lock; it dies with its last holder, so there is no stale one. Raises: PlacementError when it is
-    held."""
+def only_one(
+    lock_file: Path, of: Path | None = None, way_out: str = "give this run another run.name"
+) -> Iterator[IO[str]]:
+    """Hold the lock of a directory, ``of`` or the file's own; it dies with its last holder, so there is no stale one.
+
+    Raises:
+        PlacementError: it is held.
+    """
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     with lock_file.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PlacementError(
-                f"another process works on {lock_file.parent}; wait for it to end, or {way_out}"
+                f"another process works on {of or lock_file.parent}; wait for it to end, or {way_out}"
             ) from None
         yield lock
+
+
+def filling(recording: Path) -> contextlib.AbstractContextManager[IO[str]]:
+    """Hold the lock of a recording, which lies beside it: two that fill it would write the same files.
+
+    Raises:
+        PlacementError: it is held.
+    """
+    lock_file = recording.with_name(f".{recording.name}.lock")
+    return only_one(lock_file, recording, "name another directory for the recording")
 
 
 def _make_temp() -> str:

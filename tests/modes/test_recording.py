@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdscale.supervise import only_one
+from kdscale import supervise
 from tests.failure.runs import ranks_of
 from tests.runs import assert_nothing_left, finish, run, start, wait_for_file, wait_for_step, write_config
 
@@ -103,9 +103,11 @@ def test_a_stop_keeps_what_has_arrived_and_one_run_alone_fills(tmp_path: Path, t
     config = write_config(tmp_path, teacher_dir, text_dir, train={"steps": 400}, evaluate={"quality": False})
     log, out = tmp_path / "log", tmp_path / "out"
     filling = ["targets.source=live+record", f"targets.recording={out}"]
-    with only_one(out / ".record.lock"):
-        assert run("train", str(config), *filling, log=log) == 1
-    assert f"another process works on {out}; wait for it to end, or name another targets.recording" in log.read_text()
+    for command in (["train", str(config), *filling], ["record", str(config), str(out), f"run.dir={tmp_path}/others"]):
+        with supervise.filling(out):
+            assert run(*command, log=log) == 1
+        assert f"another process works on {out}; wait for it to end, or name another directory" in log.read_text()
+        log.unlink()
 
     process = start("train", str(config), *filling, log=log)
     wait_for_step(tmp_path / "runs" / "tiny", 2, process, log)

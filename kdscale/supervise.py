@@ -94,33 +94,34 @@ def supervise(run: Owned, command: list[str], grace_seconds: float) -> int:
 
 
 @contextlib.contextmanager
-def only_one(
-    lock_file: Path, of: Path | None = None, way_out: str = "give this run another run.name"
-) -> Iterator[IO[str]]:
-    """Hold the lock of a directory, ``of`` or the file's own; it dies with its last holder, so there is no stale one.
+def only_one(lock_file: Path, way_out: str = "give this run another run.name") -> Iterator[IO[str]]:
+    """Hold a directory's lock; it dies with its last holder, so there is no stale one.
 
     Raises:
-        PlacementError: it is held.
+        PlacementError: it is held, or cannot be made.
     """
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
-    with lock_file.open("a") as lock:
+    try:
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        opened = lock_file.open("a")
+    except OSError as error:
+        raise PlacementError(f"{lock_file} cannot be made ({error}); name a directory that can be written") from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PlacementError(
-                f"another process works on {of or lock_file.parent}; wait for it to end, or {way_out}"
+                f"another process works on {lock_file.parent}; wait for it to end, or {way_out}"
             ) from None
         yield lock
 
 
 def filling(recording: Path) -> contextlib.AbstractContextManager[IO[str]]:
-    """Hold the lock of a recording, which lies beside it: two that fill it would write the same files.
+    """Hold the lock of a recording: two that fill it would write the same files.
 
     Raises:
-        PlacementError: it is held.
+        PlacementError: it is held, or cannot be made.
     """
-    lock_file = recording.with_name(f".{recording.name}.lock")
-    return only_one(lock_file, recording, "name another directory for the recording")
+    return only_one(recording / ".filling.lock", way_out="name another directory for the recording")
 
 
 def _make_temp() -> str:

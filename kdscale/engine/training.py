@@ -11,7 +11,7 @@ from kdscale.config.schedule import progress
 from kdscale.config.sections import TrainSection
 from kdscale.engine.capture import install
 
-__all__ = ["Engine", "gradient_norm", "learning_rate", "set_learning_rate", "training_engine"]
+__all__ = ["Engine", "finite_weights", "gradient_norm", "learning_rate", "set_learning_rate", "training_engine"]
 
 
 def training_engine(module: nn.Module, settings: dict[str, Any]) -> Engine:
@@ -35,6 +35,11 @@ def learning_rate(step: int, train: TrainSection) -> float:
 def set_learning_rate(engine: Engine, rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
+
+
+def finite_weights(engine: Engine) -> bool:
+    """Whether all trained weights that lie on this rank are finite numbers."""
+    return all(bool(one.isfinite().all()) for one in engine.module.parameters() if one.requires_grad)
 
 
 def gradient_norm(engine: Engine) -> float | None:

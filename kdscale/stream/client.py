@@ -31,8 +31,6 @@ from kdscale.targets.layout import schema_bytes
 _LOG = log.get(__name__)
 Answer = TypeVar("Answer")
 _SAY_S = 5.0
-_CHECKSUM = 32
-"""Bytes of it in front of what a message states."""
 _FATAL = {"IdentityError": IdentityError, "PayloadError": PayloadError}
 _WAIT = tenacity.wait_random_exponential(multiplier=0.2, max=5.0)
 _WAIT_REBUILDING = tenacity.wait_random(0.3, 0.7)
@@ -196,6 +194,8 @@ class FlightSource:
             try:
                 return self._ask(line, idle, header, batch)
             except (fl.FlightUnavailableError, fl.FlightInternalError, fl.FlightCancelledError, OSError) as error:
+                if getattr(error, "extra_info", b""):
+                    raise  # what the teacher itself has said
                 # The connection may have been lost while nobody asked, which says nothing of the endpoint now.
                 _LOG.debug("%s: an open exchange failed (%s); making one anew", line.endpoint.address, error)
         return self._ask(line, Exchange(line.client, header, self._access.token), header, batch)
@@ -211,7 +211,7 @@ class FlightSource:
         except PayloadError as error:
             # Damaged on the way: the next attempt may come through whole.
             raise Retry(f"{line.endpoint.address}: {error}") from error
-        except fl.FlightCancelledError as error:
+        except (fl.FlightError, pa.ArrowException, OSError) as error:
             if watch.cancelled_for is not None:
                 elsewhere = self._lines.drop(line.endpoint)
                 raise Retry(f"{line.endpoint.address}: {watch.cancelled_for}", elsewhere=elsewhere) from error
@@ -245,7 +245,7 @@ class FlightSource:
                     watch.progress()
                 continue
             watch.progress()
-            checksum, stated = said[:_CHECKSUM], said[_CHECKSUM:]
+            checksum, stated = said[: arrow.CHECKSUM_DIGITS], said[arrow.CHECKSUM_DIGITS :]
             meta = json.loads(stated)
             if meta.get("request") != header.request or meta.get("sequence") != len(parts):
                 raise PayloadError(f"message {meta.get('request')}/{meta.get('sequence')} is not the one awaited")

@@ -19,7 +19,8 @@ from kdscale.stream.watchdog import Watchdog
 
 _LOG = log.get(__name__)
 _FOLLOW_S = 1.0
-_MOST_IDLE = 16
+_MOST_IDLE = 64
+"""Exchanges of a line that are kept: more than requests are in flight, few enough that those of other kinds go some time."""
 _AVOID_S = 3.0
 """A replica that failed is not used for this long while there are others: by then the directory has heard of it."""
 
@@ -73,30 +74,33 @@ class Line:
     closed: bool = False
     idle: "deque[Exchange]" = field(default_factory=deque)
     """Exchanges that nobody uses now, the last one used last."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def take(self, header: Header) -> Exchange | None:
         """An open exchange for requests like this one, if there is any."""
-        for exchange in reversed(list(self.idle)):
-            if exchange.kind == (header.spec, header.num_columns):
-                try:
-                    self.idle.remove(exchange)
-                except ValueError:
-                    continue  # another thread has taken it
-                return exchange
-        return None
+        kind = (header.spec, header.num_columns)
+        with self._lock:
+            found = next((one for one in reversed(self.idle) if one.kind == kind), None)
+            if found is not None:
+                self.idle.remove(found)
+        return found
 
     def give(self, exchange: Exchange) -> None:
         """Keep an exchange that was answered whole."""
-        self.idle.append(exchange)
-        # Of kinds that are asked for no more; or the line is gone.
-        while len(self.idle) > (0 if self.closed else _MOST_IDLE):
-            self.idle.popleft().close()
+        with self._lock:
+            self.idle.append(exchange)
+        self._keep(0 if self.closed else _MOST_IDLE)
 
     def close(self) -> None:
         """Requests in progress go on; their exchanges are closed when they are given back."""
         self.closed = True
-        while self.idle:
-            self.idle.popleft().close()
+        self._keep(0)
+
+    def _keep(self, most: int) -> None:
+        with self._lock:
+            surplus = [self.idle.popleft() for _ in range(len(self.idle) - most)]
+        for exchange in surplus:
+            exchange.close()
 
 
 class Lines:

@@ -66,7 +66,7 @@ class TargetServer(fl.FlightServerBase):
         self._scorer = scorer
         self._lock = threading.Lock()
         self.in_flight = 0
-        """Exchanges that have begun and not ended; any thread may read it."""
+        """Requests in hand; an idle exchange is none. Any thread may read it."""
 
     def do_exchange(
         self,
@@ -86,7 +86,9 @@ class TargetServer(fl.FlightServerBase):
         except KdscaleError as error:
             raise _as_flight_error(error) from error
         while (chunk := _next(reader)) is not None:
-            if not self._serve(kind, chunk, context, writer):
+            served = self._serve(kind, chunk, context, writer)
+            del chunk  # an idle exchange keeps neither rows nor an answer
+            if not served:
                 return
 
     def _serve(
@@ -96,7 +98,7 @@ class TargetServer(fl.FlightServerBase):
         context: fl.ServerCallContext,
         writer: fl.MetadataRecordBatchWriter,
     ) -> bool:
-        """One request; whether the client is still there. On its own, so that an exchange keeps no answer while it is idle."""
+        """One request; whether the client is still there."""
         with self._lock:
             self.in_flight += 1
         try:
@@ -160,9 +162,8 @@ class TargetServer(fl.FlightServerBase):
 
 def _as_flight_error(error: KdscaleError) -> fl.FlightError:
     """A fault of ours as what Flight tells the other side."""
-    if isinstance(error, _FATAL):
-        return fl.FlightServerError(str(error), extra_info=type(error).__name__.encode())
-    return fl.FlightUnavailableError(str(error))
+    kind = fl.FlightServerError if isinstance(error, _FATAL) else fl.FlightUnavailableError
+    return kind(str(error), extra_info=type(error).__name__.encode())
 
 
 def _next(reader: fl.MetadataRecordBatchReader) -> fl.FlightStreamChunk | None:

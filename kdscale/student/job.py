@@ -22,7 +22,7 @@ from kdscale.engine.fragments import index_files
 from kdscale.engine.models import build_student
 from kdscale.engine.saver import Saver
 from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
-from kdscale.errors import ConfigError
+from kdscale.errors import ConfigError, RecordingError
 from kdscale.evaluate.quality import NO_SUMS, Quality, label_sums, quality, share_of
 from kdscale.evaluate.views import AnyView, TargetSources, View, teachers_of, view_of
 from kdscale.head import Head
@@ -198,7 +198,10 @@ class StudentJob:
         report |= {"step": outcome.step, "stopped": outcome.stopped}
         report |= {"steps_per_epoch": loader.steps_per_epoch, "changes": self._notes.get("changes", [])}
         if outcome.stopped:
-            source.close()  # a recording that is being filled keeps what has arrived
+            try:
+                source.close()  # a recording that is being filled keeps what has arrived
+            except RecordingError as error:
+                _LOG.warning("the run is saved, but what was recorded last is not: %s", error)
             return report
         if held_out is not None:
             self._phase("measuring the student after training")

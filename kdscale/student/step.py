@@ -9,7 +9,7 @@ import torch
 from kdscale.batch import Batch, SoftTargets
 from kdscale.engine.process import sum_over_ranks
 from kdscale.engine.scale import backward_factor
-from kdscale.engine.training import Engine, gradient_norm, set_learning_rate
+from kdscale.engine.training import Engine, finite_weights, gradient_norm, set_learning_rate
 from kdscale.losses.objective import Objective
 from kdscale.student.module import SUMS, StudentModule, flatten_batch, targets_on
 
@@ -48,8 +48,9 @@ class StepResult:
     """By the names of ``module.SUMS``, without ``count``."""
     gradient_norm: float | None
     """See ``training.gradient_norm``."""
-    applied: bool
-    """Whether the weights were changed; DeepSpeed leaves steps out whose gradient is not finite."""
+    sound: bool
+    """Whether the weights were changed, to finite numbers, on all ranks. DeepSpeed leaves out steps whose gradient is not finite,
+    but for float32 at ZeRO 0, where it tells no norm either."""
     wait_seconds: float
     """Time spent waiting for soft targets, mean over the ranks that hold the loss."""
     heard: Signals
@@ -82,16 +83,20 @@ def step_result(
 
     ``sums`` are this rank's loss and statistics ``SUMS``, float64 [1 + S]; zeros on ranks that hold no loss.
     """
-    beside = [waited_s, *map(float, astuple(signals))]
-    *own, waited, stop, save, written, failed = sum_over_ranks(torch.cat([sums, sums.new_tensor(beside)])).tolist()
+    norm = gradient_norm(engine)
+    broken = not engine.was_step_applied() or (norm is None and not finite_weights(engine))
+    beside = [waited_s, float(broken), *map(float, astuple(signals))]
+    *own, waited, unsound, stop, save, written, failed = sum_over_ranks(
+        torch.cat([sums, sums.new_tensor(beside)])
+    ).tolist()
     count = max(1, num_tokens_step)
     means = {name: own[1 + index] / count for index, name in enumerate(SUMS) if name != "count"}
     return StepResult(
         num_tokens=int(own[1 + SUMS.index("count")]),
         loss=own[0] / count,
         means=means,
-        gradient_norm=gradient_norm(engine),
-        applied=engine.was_step_applied(),
+        gradient_norm=norm,
+        sound=not unsound,
         wait_seconds=waited / data_ranks,
         heard=Signals(int(stop), int(save), int(written), int(failed)),
     )

@@ -211,7 +211,7 @@ class Trainer:
 def _require_finite(step: int, result: StepResult, config: RunConfig) -> None:
     """Every rank sees the same numbers, so all of them raise. Raises: DivergedError."""
     norm = result.gradient_norm
-    if math.isfinite(result.loss) and (norm is None or math.isfinite(norm)) and result.applied:
+    if math.isfinite(result.loss) and (norm is None or math.isfinite(norm)) and result.sound:
         return
     gradient = "not told" if norm is None else f"{norm:g}"
     raise DivergedError(

@@ -13,6 +13,7 @@ from kdscale.targets.layout import width
 
 Column = np.ndarray | tuple[np.ndarray, np.ndarray]
 """Fixed-width values, rows first; or (int32 offsets [rows + 1], bytes) of rows of unequal length."""
+CHECKSUM_DIGITS = 32
 _CANONICAL = json.JSONEncoder(sort_keys=True)
 
 
@@ -72,14 +73,14 @@ def stated(metadata: dict[str, Any]) -> bytes:
     return _CANONICAL.encode(metadata).encode()
 
 
-def checksum(batch: pa.RecordBatch, schema_bytes: bytes, stated: bytes) -> str:
-    """xxh3 of all values, the schema and what is ``stated`` of them, as 32 hex digits.
+def checksum(batch: pa.RecordBatch, schema_bytes: bytes, statement: bytes) -> str:
+    """xxh3 of all values, the schema and what is ``stated`` of them, as ``CHECKSUM_DIGITS`` hex digits.
 
     ``schema_bytes``: the serialized schema, which is the batch's own or one that ``check`` has found equal to it. Made once for
     many batches.
     """
     digest = xxhash.xxh3_128(schema_bytes)
-    digest.update(stated)
+    digest.update(statement)
     for column in batch.columns:
         for region in _regions(column):
             digest.update(region)

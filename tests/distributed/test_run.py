@@ -242,10 +242,10 @@ def test_served_teacher_over_tls(tmp_path: Path, teacher_dir: Path, text_dir: Pa
     assert_nothing_left()
 
 
-@pytest.mark.parametrize(("stage", "noticed"), [(0, 3), (1, 2)])
-def test_a_diverging_student_ends_the_run(tmp_path: Path, teacher_dir: Path, text_dir: Path, stage: int, noticed: int):
-    """ZeRO 0 would train on with weights that are no numbers, ZeRO 1 leave out every step; neither is saved. The second
-    step's loss is finite and its gradient is not, which DeepSpeed tells at ZeRO 1 alone."""
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_diverging_student_ends_the_run(tmp_path: Path, teacher_dir: Path, text_dir: Path, stage: int):
+    """The second step's loss is finite and its gradient is not: ZeRO 0 would train on with weights that are no numbers, ZeRO 1
+    leave out every step. Neither is saved."""
     config = write_config(
         tmp_path,
         teacher_dir,
@@ -258,10 +258,9 @@ def test_a_diverging_student_ends_the_run(tmp_path: Path, teacher_dir: Path, tex
     )
     log, directory = tmp_path / "log", tmp_path / "runs" / "tiny"
     assert run("train", str(config), log=log) == 1
-    assert f"DivergedError: student, rank 0: step {noticed}: the loss is " in log.read_text()
+    assert "DivergedError: student, rank 0: step 2: the loss is " in log.read_text()
     assert "Lower train.lr (1e+30)" in log.read_text()
-    before = list(range(1, noticed))
-    assert steps(directory) == before
-    assert {path.name for path in (directory / "checkpoints").glob("step-*")} == {f"step-{step}" for step in before}
+    assert steps(directory) == [1]
+    assert {path.name for path in (directory / "checkpoints").glob("step-*")} == {"step-1"}
     assert "starting the student again" not in log.read_text()
     assert_nothing_left()

@@ -26,7 +26,7 @@ from kdscale.stream import server
 from kdscale.stream.client import FlightSource, Received
 from kdscale.stream.directory import DirectoryServer, list_endpoints
 from kdscale.stream.prefetch import Prefetcher, check_alignment
-from kdscale.stream.protocol import Access, Endpoint, Header, call, connect, message
+from kdscale.stream.protocol import Access, Endpoint, call, connect, message
 from kdscale.stream.server import TargetServer
 from kdscale.targets.decode import decode
 from kdscale.teacher.model import Score
@@ -104,53 +104,6 @@ def test_a_head_comes_in_parts(teacher: Teacher, monkeypatch: pytest.MonkeyPatch
     assert torch.equal(again.weight_VD, whole.weight_VD)
     assert again.spec == whole.spec
     client.close()
-
-
-def test_an_exchange_is_used_again(teacher: Teacher):
-    """One after another, whatever is asked for in between; none is used for two requests at a time."""
-    source = teacher.source()
-    rows = batch()
-    first = source.fetch(rows, TOPK)
-    (line,) = source._lines._lines.values()
-    (exchange,) = line.idle
-    source.fetch(rows, TargetSpec("hidden", encoding="bfloat16"))
-    again = source.fetch(rows, TOPK)
-    assert line.idle[-1] is exchange
-    assert torch.equal(again.logp_TK, first.logp_TK)  # type: ignore[attr-defined]
-    with ThreadPoolExecutor(6) as pool:
-        asked = [batch(seed=seed) for seed in range(30)]
-        found = list(pool.map(lambda one: source.fetch(one, TOPK), asked))
-    for one, targets in zip(asked, found, strict=True):
-        assert targets.labels_T.tolist() == one.labels().tolist()
-    assert len(line.idle) <= 7
-    deadline = time.monotonic() + 10
-    while teacher.server.in_flight:  # a client has its answer a moment before the server is through with it
-        assert time.monotonic() < deadline, "an exchange that waits for requests is none in flight"
-        time.sleep(0.01)
-
-
-def test_an_exchange_that_was_lost_while_idle_is_made_anew(teacher: Teacher, caplog: pytest.LogCaptureFixture):
-    """Its connection was cut, the endpoint lives: the request doesn't fail, and the endpoint is not avoided."""
-    source, rows = teacher.source(), batch()
-    first = source.fetch(rows, TOPK)
-    (line,) = source._lines._lines.values()
-    line.idle[0].reader.cancel()
-    again = source.fetch(rows, TOPK)
-    assert torch.equal(again.logp_TK, first.logp_TK)  # type: ignore[attr-defined]
-    assert list(source._lines._lines.values()) == [line]
-    assert "failed, trying again" not in caplog.text
-
-
-def test_closed_lines_keep_no_exchange(teacher: Teacher):
-    source, rows = teacher.source(), batch()
-    source.fetch(rows, TOPK)
-    (line,) = source._lines._lines.values()
-    taken = line.take(Header("", TOPK, teacher.meaning, rows.ids_RL.shape[1]))
-    assert taken is not None
-    assert line.take(Header("", TOPK, teacher.meaning, rows.ids_RL.shape[1])) is None
-    source.close()
-    line.give(taken)
-    assert not line.idle
 
 
 def test_many_requests_come_back_in_order(teacher: Teacher):

@@ -1,6 +1,5 @@
 """Two ranks that keep what they ask for: what one has recorded is the other's too, whenever the teacher is let go."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,6 @@ from kdscale.stream.recording import Provenance, begin
 from tests.served import Teacher, batch
 
 TOPK, HIDDEN = TargetSpec("topk", k=7), TargetSpec("hidden", encoding="bfloat16")
-
-
-@pytest.fixture(scope="module")
-def teacher(teacher_dir: Path) -> Iterator[Teacher]:
-    teacher = Teacher(teacher_dir)
-    yield teacher
-    teacher.close()
 
 
 class Overtaken(Filling):

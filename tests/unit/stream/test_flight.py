@@ -35,13 +35,6 @@ from tests.served import TOKEN, Held, Teacher, batch
 TOPK = TargetSpec("topk", k=7, temperature=2.0)
 
 
-@pytest.fixture(scope="module")
-def teacher(teacher_dir: Path) -> Iterator[Teacher]:
-    teacher = Teacher(teacher_dir)
-    yield teacher
-    teacher.close()
-
-
 def test_served_targets_are_the_models_own(teacher: Teacher):
     rows = batch()
     served = teacher.source().fetch(rows, TOPK)

@@ -2,9 +2,7 @@
 
 import queue
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,13 +19,6 @@ from kdscale.stream.server import TargetServer
 from tests.served import TOKEN, Teacher, batch
 
 TOPK = TargetSpec("topk", k=7, temperature=2.0)
-
-
-@pytest.fixture(scope="module")
-def teacher(teacher_dir: Path) -> Iterator[Teacher]:
-    teacher = Teacher(teacher_dir)
-    yield teacher
-    teacher.close()
 
 
 def test_an_exchange_is_used_again(teacher: Teacher):

@@ -3,7 +3,6 @@
 import json
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -30,13 +29,6 @@ from tests.served import Teacher, batch
 TOPK = TargetSpec("topk", k=7, temperature=2.0)
 HIDDEN = TargetSpec("hidden", encoding="bfloat16")
 ROWS = 6
-
-
-@pytest.fixture(scope="module")
-def teacher(teacher_dir: Path) -> Iterator[Teacher]:
-    teacher = Teacher(teacher_dir)
-    yield teacher
-    teacher.close()
 
 
 def provenance(teacher: Teacher) -> Provenance:

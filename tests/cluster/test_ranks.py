@@ -34,6 +34,6 @@ def test_a_wait_that_ends_names_its_setting():
         ranks = RankGroup(Sleeper, ask, group, TeacherError)
         ranks.locate(60, "teacher.start_seconds")
         with pytest.raises(TeacherError) as caught:
-            ranks.all("build", timeout_s=0.5, setting="teacher.load_seconds")
+            ranks.all("build", timeout_s=5, setting="teacher.load_seconds")
         ranks.kill()
-    assert str(caught.value) == "teacher: rank(s) [1] did not answer 'build' within teacher.load_seconds = 0.5"
+    assert str(caught.value) == "teacher: rank(s) [1] did not answer 'build' within teacher.load_seconds = 5"

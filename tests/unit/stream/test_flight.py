@@ -257,7 +257,7 @@ def test_round_trip_over_tls_is_not_disturbed_by_strangers(teacher: Teacher):
     directory.of(ALONE).publish("replica-0", [Endpoint("replica-0", 0, 0, server.address)])
     access, rows = Access(directory.address, TOKEN, authority.issue()), batch()
     # No time to try again: the exchange that is open while strangers knock must be the one that answers.
-    source = FlightSource(access, teacher.meaning, StreamSection(give_up_seconds=0.001), "test")
+    source = FlightSource(access, teacher.meaning, StreamSection(give_up_seconds=1e-9), "test")
     with ThreadPoolExecutor(1) as beside:
         served = beside.submit(source.fetch, rows, TOPK)
         assert held.asked.acquire(timeout=10)

@@ -85,7 +85,7 @@ def test_what_a_teacher_refuses_is_not_asked_for_again_at_once(teacher: Teacher)
     server = TargetServer("127.0.0.1", TOKEN, teacher.meaning, scorer)
     directory = DirectoryServer("127.0.0.1", 0, TOKEN, {ALONE: teacher.meaning})
     directory.of(ALONE).publish("replica-0", [Endpoint("replica-0", 0, 0, server.address)])
-    settings = StreamSection(give_up_seconds=0.001)
+    settings = StreamSection(give_up_seconds=1e-9)  # given up after the first fault, however soon it comes
     source = FlightSource(Access(directory.address, TOKEN), teacher.meaning, settings, "test")
     source.fetch(batch(), TOPK)
     scorer.refuses = True

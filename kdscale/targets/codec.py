@@ -7,6 +7,7 @@ between the row's two ends.
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,23 @@ _CODES = torch.arange(_FEW_LEVELS + 1, dtype=torch.float32)
 _LOG_OF_CODE = torch.from_numpy(
     np.log(np.maximum(np.arange(_LEVELS + 1), 0.5, dtype=np.float64) / _LEVELS).astype(np.float32) / np.float32(_ROOT)
 )
-_P_OF_CODE = _LOG_OF_CODE.exp().numpy()
+
+
+class Entries(NamedTuple):
+    """Rows of entries laid out; K is the largest count, zeros stand behind a row's last."""
+
+    ids_TK: np.ndarray
+    """int32."""
+    weights_TK: np.ndarray
+    """float32."""
+    count_T: np.ndarray
+    """int32: entries used."""
+    kept_T: np.ndarray
+    """int32: those with a weight of their own, in front."""
+    mass_T: np.ndarray
+    """float64: the sum of the weights given; NaN where one of them is."""
+    largest: int
+    """Of all ids, taken as numbers without a sign; 0 where there is none."""
 
 
 def narrow_ids(ids: torch.Tensor, spec: TargetSpec, vocab_size: int) -> torch.Tensor:
@@ -90,9 +107,17 @@ def decode_logp(codes: torch.Tensor) -> torch.Tensor:
     return _LOG_OF_CODE.index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 
-def decode_p(codes: np.ndarray) -> np.ndarray:
-    """Probabilities, float32, whose logarithms are ``decode_logp``'s."""
-    return _P_OF_CODE.take(codes)
+@cache
+def weights_of_codes() -> np.ndarray:
+    """Probabilities, float32 [256], that ``encode_logp``'s codes stand for."""
+    return _LOG_OF_CODE.exp().numpy()
+
+
+@cache
+def weights_of_halves() -> np.ndarray:
+    """Probabilities, float32 [65536], whose logarithm a float16 of these bits is; NaN where that is above 0 or not finite."""
+    logp = torch.arange(-(1 << 15), 1 << 15).short().view(torch.float16).float().roll(1 << 15)
+    return torch.where(torch.isfinite(logp) & (logp <= 0), logp.exp(), torch.nan).numpy()
 
 
 def pack_nibbles(values: np.ndarray) -> np.ndarray:
@@ -137,54 +162,52 @@ def unpack_sorted(planes: list[np.ndarray], count: int, vocab_size: int, first: 
     return ids
 
 
-def pack_ragged(values: np.ndarray, count: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first ``count[r]`` of each row of numbers [rows, K], as they are or as integers of ``width`` bytes: (int32 offsets
-    [rows + 1], bytes), little-endian."""
-    used = values[np.arange(values.shape[1]) < count[:, None]]
-    if width == 3:
-        flat = used.astype("<u4").view(np.uint8).reshape(len(used), 4)[:, :3].reshape(-1)
-    else:
-        flat = (used if used.itemsize == width else used.astype(f"<u{width}")).view(np.uint8)
-    return np.concatenate([[0], np.cumsum(width * count, dtype=np.int64)]).astype(np.int32), flat
-
-
-def unpack_ragged(
-    rows: tuple[np.ndarray, np.ndarray], width: int, dtype: str, most: int
+def pack_entries(
+    ids: np.ndarray, values: np.ndarray, count: np.ndarray, kept: np.ndarray, widths: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 count [rows], integers of ``dtype``, one row's after the other's) of ``pack_ragged``.
+    """The first ``count[r]`` ids (int32 [rows, K]) of each row, each of the first ``kept[r]`` with its value (uint8 or uint16)
+    behind it: (int32 offsets [rows + 1], bytes), little-endian; ``widths`` of an id and of a value, in bytes."""
+    from kdscale.targets import kernels
+
+    offsets = np.zeros(len(count) + 1, np.int32)
+    np.cumsum(count * widths[0] + kept * widths[1], out=offsets[1:])
+    packed = np.empty(int(offsets[-1]), np.uint8)
+    kernels.pack(np.ascontiguousarray(ids), np.ascontiguousarray(values), count, kept, *widths, packed)
+    return offsets, packed
+
+
+def unpack_entries(
+    rows: tuple[np.ndarray, np.ndarray],
+    kept: np.ndarray | None,
+    widths: tuple[int, int],
+    most: int,
+    table: np.ndarray,
+    *,
+    shared: bool,
+) -> Entries:
+    """What ``pack_entries`` had; ``kept`` (int32 [rows]) None: every entry has a value. ``table`` (float32 [256] or [65536]) says
+    which weight a value stands for.
+
+    ``shared``: entries without a weight share what the others leave; see ``kernels.lay_out``.
 
     Raises:
-        PayloadError: a row that is no whole number of values long, or longer than ``most``.
-    """
-    offsets, flat = rows
-    lengths = offsets[1:] - offsets[:-1]
-    count = lengths // width
-    whole = count.max(initial=0) <= most and bool((count * width == lengths).all())
-    _require(whole, f"a row of entries is as long as no row of at most {most} is")
-    if width == np.dtype(dtype).itemsize:
-        values = flat.view(dtype)
-        # A column's bytes may begin anywhere.
-        return count, values if values.flags.aligned else values.copy()
-    wide = np.zeros((len(flat) // width, np.dtype(dtype).itemsize), np.uint8)
-    wide[:, :width] = flat.reshape(-1, width)
-    return count, wide.view(dtype)[:, 0]
-
-
-def lay_out(
-    ids: np.ndarray, own: np.ndarray, count: np.ndarray, kept: np.ndarray, *, shared: bool
-) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """(ids int32 [T, K], weights float32 [T, K], float64 mass [T] of the weights given) from one row's values after the other's:
-    ``count[r]`` of ``ids`` and ``kept[r]`` of ``own`` (int32 [T]); K is the largest count, zeros stand behind a row's last.
-
-    ``shared``: entries without a weight share what the others leave; see ``kernels.draws``.
+        PayloadError: a row that is no whole number of entries long, has more than ``most``, or fewer than ``kept``.
     """
     from kdscale.targets import kernels
 
-    size = (len(count), int(count.max(initial=0)))
-    ids_TK, weights_TK = np.zeros(size, np.int32), np.zeros(size, np.float32)
-    mass_T = np.empty(len(count), np.float64)
-    kernels.draws(ids, own, count, kept, shared, ids_TK, weights_TK, mass_T)
-    return torch.from_numpy(ids_TK), torch.from_numpy(weights_TK), mass_T
+    offsets, flat = rows
+    lengths = offsets[1:] - offsets[:-1]
+    if kept is None:
+        kept = lengths // sum(widths)
+    own = kept * widths[1]
+    count = (lengths - own) // widths[0]
+    whole = bool((count * widths[0] + own == lengths).all()) and bool((kept <= count).all())
+    _require(whole and count.max(initial=0) <= most, f"a row of entries is as long as no row of at most {most} is")
+    _require(len(table) == 1 << 8 * widths[1], f"values of {widths[1]} bytes stand for {len(table)} weights")
+    ids_TK = np.zeros((len(count), int(count.max(initial=0))), np.int32)
+    weights_TK, mass_T = np.zeros(ids_TK.shape, np.float32), np.zeros(len(count), np.float64)
+    largest = kernels.lay_out(flat, count, kept, *widths, table, shared, ids_TK, weights_TK, mass_T)
+    return Entries(ids_TK, weights_TK, count, kept, mass_T, largest)
 
 
 def encode_between(logp_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

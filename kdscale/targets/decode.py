@@ -16,13 +16,13 @@ from kdscale.targets.arrow import plane, rows_of_bytes
 from kdscale.targets.codec import (
     decode_between,
     decode_logp,
-    decode_p,
     dequantize_rows,
-    lay_out,
     sum_between,
+    unpack_entries,
     unpack_ids,
-    unpack_ragged,
     unpack_sorted,
+    weights_of_codes,
+    weights_of_halves,
 )
 from kdscale.targets.layout import count_dtype, high_bits, high_bytes, id_bytes, layer_column, scale_column, value_bytes
 
@@ -32,7 +32,6 @@ _MASS_EPS = 2e-2
 _COARSE_MASS_EPS = 0.5
 # Exponent bits of the 16-bit floats, all set where a number is infinite or NaN.
 _HALF_EXPONENT, _BFLOAT_EXPONENT = 0x7C00, 0x7F80
-_ID_TYPES = {2: "<u2", 3: "<i4", 4: "<i4"}
 
 
 def decode(batch: pa.RecordBatch, spec: TargetSpec, vocab_size: int) -> SoftTargets:
@@ -126,28 +125,25 @@ def _sorted(
 
 
 def _decode_sampled(batch: pa.RecordBatch, labels_T: torch.Tensor, spec: TargetSpec, vocab_size: int) -> SampledTargets:
-    k = min(spec.k, vocab_size)
-    count, raw_ids = unpack_ragged(
-        rows_of_bytes(batch, "ids"), id_bytes(vocab_size), _ID_TYPES[id_bytes(vocab_size)], k
-    )
-    _refuse_ids(raw_ids, vocab_size)
-    width = value_bytes(spec)
-    kept, raw = unpack_ragged(rows_of_bytes(batch, "weights"), width, f"<u{width}", k)
-    _refuse(bool((kept > count).any()), "a position has more weights than entries")
+    k, widths = min(spec.k, vocab_size), (id_bytes(vocab_size), value_bytes(spec))
     # Counts of draws, or probabilities.
     drawn = spec.sampler == "replacement"
     if drawn:
-        own = raw.astype(np.float32) / np.float32(k)
+        table = np.arange(1 << 8 * widths[1], dtype=np.float32) / np.float32(k)
     else:
-        own = decode_p(raw) if spec.encoding == "uint8" else _values(raw, spec).exp_().numpy()
-    ids_TK, weight_TK, mass_T = lay_out(raw_ids, own, count, kept, shared=not drawn)
+        table = weights_of_codes() if spec.encoding == "uint8" else weights_of_halves()
+    kept = None if drawn else plane(batch, "kept", count_dtype(k)).astype(np.int32)
+    found = unpack_entries(rows_of_bytes(batch, "entries"), kept, widths, k, table, shared=not drawn)
+    _refuse(found.largest >= vocab_size, f"an id lies outside the vocabulary of {vocab_size}")
     if drawn:
-        _refuse_mass(torch.from_numpy(mass_T))
+        _refuse_mass(torch.from_numpy(found.mass_T))
     else:
-        _refuse((mass_T > 1 + _MASS_EPS).any(), "the kept mass of a position is above 1")
-        _refuse(((mass_T == 0) & (kept == count)).any(), "the mass of a position does not add up to 1")
-    counts = (torch.from_numpy(count), torch.from_numpy(kept))
-    return SampledTargets(labels_T, ids_TK, weight_TK, *counts, _entropy(batch), spec.temperature)
+        _refuse(not (found.mass_T <= 1 + _MASS_EPS).all(), "the kept mass of a position is above 1 or not a number")
+        none = (found.mass_T == 0) & (found.kept_T == found.count_T)
+        _refuse(none.any(), "the mass of a position does not add up to 1")
+    ids_TK, weights_TK = torch.from_numpy(found.ids_TK), torch.from_numpy(found.weights_TK)
+    counts = torch.from_numpy(found.count_T), torch.from_numpy(found.kept_T)
+    return SampledTargets(labels_T, ids_TK, weights_TK, *counts, _entropy(batch), spec.temperature)
 
 
 def _decode_hidden(batch: pa.RecordBatch, name: str, encoding: Encoding) -> torch.Tensor:

@@ -14,9 +14,9 @@ from kdscale.targets.codec import (
     encode_between,
     encode_logp,
     narrow_logp,
+    pack_entries,
     pack_ids,
     pack_nibbles,
-    pack_ragged,
     pack_sorted,
     quantize_rows,
 )
@@ -75,14 +75,17 @@ def _sorted(targets: TopkTargets, vocab_size: int) -> list[np.ndarray]:
 
 
 def _samples(targets: SampledTargets, spec: TargetSpec, vocab_size: int) -> list[Column]:
-    """Rows of the ids used, and of the weights that are an entry's own."""
+    """Rows of the ids used, each behind it with the weight that is its own; how many have one, where that is not all."""
     if spec.sampler == "replacement":
-        values = (targets.weight_TK * min(spec.k, vocab_size)).round().numpy().astype(np.uint16)
+        values = (targets.weight_TK * min(spec.k, vocab_size)).round().numpy().astype(f"u{value_bytes(spec)}")
     else:
         values = _values(targets.weight_TK.clamp(torch.finfo(torch.float32).tiny, 1.0).log(), spec)
-    count, kept = targets.count_T.numpy().astype(np.int64), targets.kept_T.numpy().astype(np.int64)
-    ids = pack_ragged(targets.ids_TK.numpy(), count, id_bytes(vocab_size))
-    return [ids, pack_ragged(values, kept, value_bytes(spec))]
+    count, kept = targets.count_T.numpy(), targets.kept_T.numpy()
+    widths = (id_bytes(vocab_size), value_bytes(spec))
+    entries = pack_entries(targets.ids_TK.numpy(), values.view(f"u{widths[1]}"), count, kept, widths)
+    if spec.sampler == "replacement":
+        return [entries]
+    return [entries, kept.astype(count_dtype(min(spec.k, vocab_size)))]
 
 
 def _values(logp: torch.Tensor, spec: TargetSpec) -> np.ndarray:

@@ -134,49 +134,94 @@ def sums_of_levels(packed: np.ndarray, ends: np.ndarray, table: np.ndarray, coun
         sums[r] = below + above
 
 
-def _draws(kind: types.Type) -> Any:
+def _packing(kind: types.Type) -> Any:
     counts = _given(_I4, 1)
-    return types.void(
-        _given(kind, 1), _given(_F4, 1), counts, counts, types.boolean, _I4[:, ::1], _F4[:, ::1], _F8[::1]
-    )
+    return types.void(_given(_I4, 2), _given(kind, 2), counts, counts, _I8, _I8, _U1[::1])
 
 
-@_compiled(_draws(types.uint16), _draws(_I4))
-def draws(
+@_compiled(_packing(_U1), _packing(types.uint16))
+def pack(
+    ids: np.ndarray,
     values: np.ndarray,
-    own: np.ndarray,
     used: np.ndarray,
     kept: np.ndarray,
+    id_bytes: int,
+    value_bytes: int,
+    packed: np.ndarray,
+) -> None:
+    """Fill ``packed`` with the first ``used[r]`` ids of each row, each of the first ``kept[r]`` with its value behind it, lowest
+    bytes first, as far as there is room."""
+    at = 0
+    for r in range(len(ids)):
+        for n in range(min(used[r], ids.shape[1])):
+            own = n < kept[r]
+            if at + id_bytes + own * value_bytes > len(packed):
+                return
+            for byte in range(id_bytes):
+                packed[at + byte] = ids[r, n] >> (8 * byte)
+            at += id_bytes
+            if own:
+                for byte in range(value_bytes):
+                    packed[at + byte] = values[r, n] >> (8 * byte)
+                at += value_bytes
+
+
+@_compiled(
+    types.int64(
+        *(_given(_U1, 1), _given(_I4, 1), _given(_I4, 1), _I8, _I8, _given(_F4, 1), types.boolean),
+        *(_I4[:, ::1], _F4[:, ::1], _F8[::1]),
+    )
+)
+def lay_out(
+    packed: np.ndarray,
+    used: np.ndarray,
+    kept: np.ndarray,
+    id_bytes: int,
+    value_bytes: int,
+    table: np.ndarray,
     shared: bool,
     ids: np.ndarray,
     weights: np.ndarray,
     mass: np.ndarray,
-) -> None:
-    """Lay out rows of unequal length: the next ``used[r]`` of ``values`` in ``ids`` [rows, K], the next ``kept[r]`` of ``own`` in
-    ``weights`` [rows, K], both zeros before; float64 ``mass`` [rows] is the sum of the latter.
+) -> int:
+    """Lay out what ``pack`` has packed, in ``ids`` and ``weights`` [rows, K], zeros before; ``table`` has the weights that values
+    stand for. Float64 ``mass`` [rows] is the sum of a row's. Returns the largest id, taken as a number without a sign.
 
-    ``shared``: the used entries without a weight of their own share evenly what those leave of 1; where they leave nothing, or
-    there are no others, the weights are divided by their sum.
+    ``shared``: the used entries without a weight of their own share evenly what the others leave of 1; where those leave
+    nothing, or there are no others, the weights are divided by their sum.
     """
-    width, start, own_start = ids.shape[1], 0, 0
+    at, largest = _U8(0), _U8(0)
     for r in range(len(ids)):
-        taken = max(0, min(used[r], width, len(values) - start))
-        own_taken = max(0, min(kept[r], taken, len(own) - own_start))
+        taken = max(0, min(used[r], ids.shape[1]))
+        own_taken = max(0, min(kept[r], taken))
+        if np.int64(at) + taken * id_bytes + own_taken * value_bytes > len(packed):
+            break
         total = 0.0
-        for n in range(own_taken):
-            total += own[own_start + n]
+        # One loop, and numbers put together in place: rows are short, loops made ready for vectors take longer than a row,
+        # and numba makes slower code of a function for it.
+        for n in range(taken):
+            word = _U8(packed[at]) | _U8(packed[at + _U8(1)]) << _U8(8)
+            if id_bytes > 2:
+                word |= _U8(packed[at + _U8(2)]) << _U8(16)
+                if id_bytes > 3:
+                    word |= _U8(packed[at + _U8(3)]) << _U8(24)
+            ids[r, n] = np.int32(word)
+            if word > largest:
+                largest = word
+            at += _U8(id_bytes)
+            if n < own_taken:
+                value = _U8(packed[at])
+                if value_bytes == 2:
+                    value |= _U8(packed[at + _U8(1)]) << _U8(8)
+                weights[r, n] = table[value]
+                total += table[value]
+                at += _U8(value_bytes)
         mass[r] = total
-        scale, rest = np.float32(1), np.float32(0)
         if shared and total > 0 and (own_taken == taken or total > 1):
-            scale = np.float32(1 / total)
+            for n in range(own_taken):
+                weights[r, n] *= np.float32(1 / total)
         elif shared and own_taken < taken:
             rest = np.float32((1 - total) / (taken - own_taken))
-        # One loop: rows are short, and each loop that is made ready for vectors takes longer than a row.
-        for n in range(taken):
-            ids[r, n] = values[start + n]
-            weight = rest
-            if n < own_taken:
-                weight = own[own_start + n] * scale
-            weights[r, n] = weight
-        start += taken
-        own_start += own_taken
+            for n in range(own_taken, taken):
+                weights[r, n] = rest
+    return int(largest)

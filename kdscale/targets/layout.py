@@ -13,7 +13,7 @@ import pyarrow as pa
 from kdscale.errors import PayloadError
 from kdscale.spec import ENCODINGS, Encoding, TargetSpec
 
-VERSION = 3
+VERSION = 4
 
 
 @lru_cache(maxsize=64)
@@ -53,7 +53,11 @@ def schema(spec: TargetSpec, vocab_size: int, hidden_size: int) -> pa.Schema:
                 fields.append(("shift", pa.float32()))
             fields.append(("entropy", pa.float16()))
         case "sampled":
-            fields += [("ids", pa.binary()), ("weights", pa.binary()), ("entropy", pa.float16())]
+            fields.append(("entries", pa.binary()))
+            # Draws with replacement all have a count of their own.
+            if spec.sampler == "threshold":
+                fields.append(("kept", _count_type(k)))
+            fields.append(("entropy", pa.float16()))
         case "hidden":
             fields += hidden_fields("hidden", spec.encoding, hidden_size)
         case "dense":
@@ -92,7 +96,7 @@ def row_bytes(spec: TargetSpec, vocab_size: int, hidden_size: int) -> int:
     fixed = [field.type for field in schema(spec, vocab_size, hidden_size) if field.type != pa.binary()]
     size = sum(width(kind) for kind in fixed)
     if spec.payload == "sampled":
-        size += 8 + min(spec.k, vocab_size) * (id_bytes(vocab_size) + value_bytes(spec))
+        size += 4 + min(spec.k, vocab_size) * (id_bytes(vocab_size) + value_bytes(spec))
     return size
 
 

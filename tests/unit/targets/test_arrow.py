@@ -284,4 +284,4 @@ def test_nulls_are_refused():
 
 def test_schema_explains_itself():
     meta = json.loads(schema(SPEC, 50, 8).metadata[b"kdscale"])
-    assert meta == {"version": 3, "vocab_size": 50, **SPEC.as_dict()}
+    assert meta == {"version": 4, "vocab_size": 50, **SPEC.as_dict()}

@@ -11,15 +11,16 @@ from kdscale.targets.codec import (
     decode_between,
     decode_logp,
     encode_logp,
-    lay_out,
+    pack_entries,
     pack_ids,
     pack_nibbles,
     pack_sorted,
     quantize_rows,
     sum_between,
+    unpack_entries,
     unpack_ids,
-    unpack_ragged,
     unpack_sorted,
+    weights_of_halves,
 )
 
 
@@ -77,36 +78,66 @@ def test_levels_between_ends(rows: int, count: int, seed: int):
             decode_between(packed, ends, torch.from_numpy(excess), count, first + count)
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=9), st.booleans(), st.integers(0, 99))
-def test_rows_of_unequal_length(lengths: list[tuple[int, int]], shared: bool, seed: int):
+lengths = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=9)
+
+
+@given(lengths, st.sampled_from([2, 3, 4]), st.sampled_from([1, 2]), st.booleans(), st.integers(0, 99))
+def test_rows_of_unequal_length(
+    lengths: list[tuple[int, int]], id_width: int, value_width: int, shared: bool, seed: int
+):
     kept = np.array([min(pair) for pair in lengths], np.int32)
     count = np.array([max(pair) for pair in lengths], np.int32)
     random = np.random.default_rng(seed)
-    ids = random.integers(0, 1 << 16, count.sum()).astype(random.choice(["u2", "i4"]))
-    own = random.random(kept.sum(), dtype=np.float32) / 3
-    ids_TK, weights_TK, mass_T = lay_out(ids, own, count, kept, shared=shared)
-    assert ids_TK.shape == weights_TK.shape == (len(count), max(count, default=0))
-    taken, given_ = iter(ids.tolist()), iter(own.tolist())
-    for row, weights, mass, used, mine in zip(ids_TK, weights_TK, mass_T, count, kept, strict=True):
-        behind = [0] * (len(row) - used)
-        assert row.tolist() == [next(taken) for _ in range(used)] + behind
-        expected = [next(given_) for _ in range(mine)]
-        assert mass == pytest.approx(sum(expected))
+    ids = random.integers(0, min(1 << 8 * id_width, 1 << 31), (len(count), 6)).astype(np.int32)
+    values = random.integers(0, 1 << 8 * value_width, ids.shape).astype(f"u{value_width}")
+    table = random.random(1 << 8 * value_width, dtype=np.float32) / 3
+    widths = (id_width, value_width)
+    rows = pack_entries(ids, values, count, kept, widths)
+    assert len(rows[1]) == id_width * count.sum() + value_width * kept.sum()
+    found = unpack_entries(rows, kept, widths, 6, table, shared=shared)
+    assert found.ids_TK.shape == found.weights_TK.shape == (len(count), max(count, default=0))
+    assert found.count_T.tolist() == count.tolist()
+    assert found.kept_T.tolist() == kept.tolist()
+    assert found.largest == max((max(row[:used], default=0) for row, used in zip(ids, count, strict=True)), default=0)
+    for row, (used, mine) in enumerate(zip(count, kept, strict=True)):
+        behind = [0] * (found.ids_TK.shape[1] - used)
+        assert found.ids_TK[row].tolist() == [*ids[row, :used], *behind]
+        expected = table[values[row, :mine]].tolist()
+        assert found.mass_T[row] == pytest.approx(sum(expected))
         if shared and mine < used and sum(expected) <= 1:
             expected += [(1 - sum(expected)) / (used - mine)] * (used - mine)
         elif shared and mine:
             expected = [one / sum(expected) for one in expected] + [0] * (used - mine)
         else:
             expected += [0] * (used - mine)
-        assert weights.tolist() == pytest.approx(expected + behind, rel=1e-5)
+        assert found.weights_TK[row].tolist() == pytest.approx(expected + behind, rel=1e-5)
 
 
-def test_rows_of_unequal_length_may_begin_anywhere():
-    raw = np.arange(9, dtype=np.uint8)[1:]
-    count, values = unpack_ragged((np.array([0, 4, 8], np.int32), raw), 2, "<u2", 2)
-    assert count.tolist() == [2, 2]
-    assert values.flags.aligned
-    assert values.tobytes() == raw.tobytes()
+def test_rows_where_every_entry_has_a_value_need_no_counts():
+    ids, values = np.array([[7, 9], [8, 0]], np.int32), np.array([[3, 1], [4, 0]], np.uint8)
+    count = np.array([2, 1], np.int32)
+    rows = pack_entries(ids, values, count, count, (2, 1))
+    found = unpack_entries(rows, None, (2, 1), 2, np.arange(256, dtype=np.float32), shared=False)
+    assert found.weights_TK.tolist() == [[3, 1], [4, 0]]
+    assert found.count_T.tolist() == found.kept_T.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "kept"), [([0, 6, 8], [1, 0]), ([0, 5, 8], [1, 3]), ([0, 0, 3], [1, 0]), ([0, 9, 9], [3, 0])]
+)
+def test_rows_that_hold_no_whole_entries_are_refused(offsets: list[int], kept: list[int]):
+    rows, table = (np.array(offsets, np.int32), np.zeros(9, np.uint8)), np.zeros(256, np.float32)
+    with pytest.raises(PayloadError, match="as long as no row of at most 2"):
+        unpack_entries(rows, np.array(kept, np.int32), (2, 1), 2, table, shared=True)
+
+
+def test_weights_of_halves():
+    """NaN for bits that are no log-probability; else what float64 says, to float32's rounding."""
+    logp = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
+    fine = np.isfinite(logp) & (logp <= 0)
+    found = weights_of_halves()
+    assert np.isnan(found[~fine]).all()
+    np.testing.assert_allclose(found[fine], np.exp(logp[fine]), rtol=1e-6, atol=1e-30)
 
 
 def test_int8_rows_are_within_half_a_step():

@@ -6,7 +6,6 @@ asked to save and leave by the run's lifeline; what is alive after the grace is 
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from kdscale import log
 from kdscale.config import RunConfig
 from kdscale.config.on_policy import require_none
 from kdscale.errors import ConfigError, StudentError
-from kdscale.node import address_in, rank_environment
+from kdscale.node import address_in, free_port, rank_environment
 from kdscale.roster import Roster
 from kdscale.supervise import INTERRUPTED, Owned, Wish, listening, owned
 from kdscale.topology import Topology
@@ -47,9 +46,7 @@ def alone(config: RunConfig, port: int) -> Hosts:
     """All ranks on this host. Port 0 is a free one. Raises: PlacementError."""
     address, _ = address_in(config.stream.network)
     if not port:
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            port = probe.getsockname()[1]
+        port = free_port(address)
     return Hosts({address: _world(config)}, 0, address, port)
 
 

@@ -1,11 +1,16 @@
 """What a rank meets on its node: its address in the run's network, and the environment its process gets."""
 
+import contextlib
 import ipaddress
+import random
 import socket
 
 import psutil
 
 from kdscale.errors import PlacementError
+
+_SELDOM_TAKEN = range(20_000, 32_000)
+"""Below the ports that Linux gives to who asks for any (32768 and up)."""
 
 
 def address_in(network: str) -> tuple[str, str]:
@@ -16,6 +21,18 @@ def address_in(network: str) -> tuple[str, str]:
             if one.family == socket.AF_INET and ipaddress.ip_address(one.address) in wanted:
                 return one.address, interface
     raise PlacementError(f"no interface of {socket.gethostname()} has an address in stream.network = {network}")
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of this node that nobody listens on, to be bound later: from a range that systems hand to nobody by chance.
+
+    Raises: PlacementError when none was found.
+    """
+    for port in random.sample(_SELDOM_TAKEN, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise PlacementError(f"no free port on {host} among 100 from {_SELDOM_TAKEN.start} to {_SELDOM_TAKEN.stop - 1}")
 
 
 def rank_environment(cpus_per_rank: int, gpus_per_rank: int) -> dict[str, str]:

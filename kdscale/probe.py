@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from kdscale.batch import TokenBatch
+from kdscale.config.schedule import value_at
 from kdscale.config.schema import RunConfig
 from kdscale.config.teachers import require_one_teacher
 from kdscale.data.reading import make_loader
@@ -75,7 +76,8 @@ def probe(
 def settings(config: RunConfig, positions: Positions) -> list[TargetSpec]:
     """Every payload at sizes worth comparing, at the run's temperature and seed."""
     vocab_size = positions.teacher_head.spec.vocab_size
-    tau, seed = config.target_spec(0).temperature, config.run.seed
+    # Not the temperature that the run asks for: with `hidden` that is always 1.
+    tau, seed = value_at(config.loss.temperature, 0, config.train.steps), config.run.seed
     specs = [
         TargetSpec("topk", k, tau, encoding)
         for k in (16, 32, 64, 128, 256)
@@ -143,6 +145,7 @@ def _run(
     trained = torch.from_numpy(batch.predicts_RL).to(device)
     seconds = 0.0
     for _ in range(2 if backward else 1):
+        _finish(device)
         began = time.perf_counter()
         with torch.set_grad_enabled(backward):
             hidden_RLD = base_hidden(model, ids, positions)
@@ -151,8 +154,15 @@ def _run(
                 logits = model.get_output_embeddings()(hidden_RLD[trained])
                 logits.logsumexp(-1).sum().backward()
                 model.zero_grad(set_to_none=True)
+        _finish(device)
         seconds = time.perf_counter() - began
     return hidden_RLD[trained].detach(), seconds
+
+
+def _finish(device: torch.device) -> None:
+    """A GPU works on behind what was told to it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _head(model: PreTrainedModel, vocab_size: int) -> Head:

@@ -102,6 +102,18 @@ def wait_for_file(path: Path, process: "subprocess.Popen[bytes]", log: Path) -> 
         time.sleep(0.2)
 
 
+def wait_for_checkpoint(run_directory: Path, step: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Until one of step ``step`` or a later one is whole."""
+    deadline = time.monotonic() + PATIENCE_S
+    while all(
+        int(path.parent.name.removeprefix("step-")) < step
+        for path in (run_directory / "checkpoints").glob("step-*/MANIFEST.json")
+    ):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, f"no checkpoint from step {step} on:\n{log.read_text()}"
+        time.sleep(0.1)
+
+
 def marked() -> list[psutil.Process]:
     """Living processes of the runs these tests started."""
     found = []

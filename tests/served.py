@@ -79,7 +79,7 @@ class Held:
             self.let_go.wait()
             answers.put(self._scorer.submit(request, rows, header).get())
 
-        threading.Thread(target=answer).start()
+        threading.Thread(target=answer, daemon=True).start()
         self.asked.release()
         return answers
 

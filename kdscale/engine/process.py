@@ -20,8 +20,9 @@ from kdscale.errors import PlacementError
 from kdscale.node import address_in
 
 # DeepSpeed builds this extension with g++ at every start, leaves tens of MB per rank in /dev/shm, and a process killed
-# in the build leaves a lock on which every later start waits for ever. gloo and NCCL train the same without it.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# in the build leaves a lock on which every later start waits for ever. gloo and NCCL train the same without it. Said before
+# DeepSpeed has looked: it would compile programs to find out what else could be built, which nothing here asks for.
+deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
 class Member:

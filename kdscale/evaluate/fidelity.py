@@ -92,9 +92,14 @@ def exact_gradient(positions: Positions, divergence: Divergence, temperature: fl
     parts = []
     for start in range(0, len(positions.labels_T), rows):
         part = _cut(positions, slice(start, start + rows))
-        targets = make_targets(part.teacher_TD, part.teacher_head, part.labels_T, spec)
+        targets = _beside(make_targets(part.teacher_TD, part.teacher_head, part.labels_T, spec), part)
         parts.append(gradient_to_hidden(part, targets, divergence, temperature))
     return torch.cat(parts)
+
+
+def _beside(targets: SoftTargets, positions: Positions) -> SoftTargets:
+    """Made on the host, read where the models are."""
+    return targets.each(lambda tensor: tensor.to(positions.student_TD.device))
 
 
 def _cut(positions: Positions, part: slice) -> Positions:
@@ -119,7 +124,7 @@ def distribution_error(positions: Positions, targets: SoftTargets, temperature: 
         logq = torch.log_softmax(positions.student_head.logits(positions.student_TD[part]) / temperature, -1)
         logp = torch.log_softmax(positions.teacher_head.logits(positions.teacher_TD[part]) / temperature, -1)
         teacher = positions.teacher_head.logits(cut.hidden_TD) if isinstance(cut, HiddenTargets) else None
-        block, stats = logq * temperature, torch.zeros(len(logq), len(STATS))
+        block, stats = logq * temperature, torch.zeros(len(logq), len(STATS), device=logq.device)
         block_gradient(block, positions.labels_T[part], cut, teacher, Objective(_FORWARD, temperature), stats)
         # That gradient is s(temperature) / temperature = temperature times (q - p_hat).
         estimate = logq.exp() - block / temperature
@@ -153,7 +158,8 @@ def measure(
         arrow.checksum(batch, schema_bytes(spec, vocab_size, hidden_size), b"")
         return decode(batch, spec, vocab_size)
 
-    decode_s, targets = _timed(receive, rounds)
+    decode_s, received = _timed(receive, rounds)
+    targets = _beside(received, positions)
     kl, noise = distribution_error(positions, targets, temperature)
     gradient = gradient_to_hidden(positions, targets, divergence, temperature)
     cosine = torch.nn.functional.cosine_similarity(gradient.flatten().double(), exact_TD.flatten().double(), dim=0)

@@ -79,6 +79,8 @@ def _named(
     ``block_BV`` has its row maximum at 0 and becomes the gradient of the soft loss plus ``hard_weight * softmax``.
     """
     tau, hard_weight = objective.temperature, objective.hard_weight
+    if targets.temperature != tau:
+        raise ConfigError(f"targets at temperature {targets.temperature:g} cannot serve temperature {tau:g}")
     ids_BK = targets.ids_TK.long()
     z_BK = block_BV.gather(1, ids_BK)
     hard_BV = None

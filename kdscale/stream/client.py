@@ -86,6 +86,8 @@ class FlightSource:
         return self._request(batch, spec, lambda line, header: self._exchange(line, header, batch))
 
     def _request(self, batch: Batch, spec: TargetSpec, receive: Callable[[Line, Header], Answer]) -> Answer:
+        # What no teacher could answer is no fault of an endpoint.
+        target_schema(spec, self._meaning.vocab_size, self._meaning.hidden_size)
         with self._lock:
             self._sequence += 1
             request = f"{self._who}-{batch.number}-{self._sequence}"
@@ -237,18 +239,18 @@ class FlightSource:
                 chunk = reader.read_chunk()
             except StopIteration:
                 raise PayloadError(f"the answer to {header.request} ended without its last part") from None
-            said = chunk.app_metadata.to_pybytes()
+            said = chunk.app_metadata.to_pybytes() if chunk.app_metadata is not None else b""
             if said.startswith(b"{"):
-                now = json.loads(said)["progress"]
+                now = _stated(said, "progress")["progress"]
                 if now != progress:
                     progress = now
                     watch.progress()
                 continue
             watch.progress()
             checksum, stated = said[: arrow.CHECKSUM_DIGITS], said[arrow.CHECKSUM_DIGITS :]
-            meta = json.loads(stated)
-            if meta.get("request") != header.request or meta.get("sequence") != len(parts):
-                raise PayloadError(f"message {meta.get('request')}/{meta.get('sequence')} is not the one awaited")
+            meta = _stated(stated, "request", "sequence", "start", "count")
+            if meta["request"] != header.request or meta["sequence"] != len(parts):
+                raise PayloadError(f"message {meta['request']}/{meta['sequence']} is not the one awaited")
             arrow.check(chunk.data, schema)
             if chunk.data.num_rows != meta["count"] or meta["start"] != count:
                 raise PayloadError(f"{header.request}: {chunk.data.num_rows} rows where {meta['count']} are declared")
@@ -257,7 +259,7 @@ class FlightSource:
             parts.append(chunk.data)
             count += chunk.data.num_rows
             end = meta.get("end")
-            if end is not None and (end != count or meta["digest"] != digest.hexdigest()):
+            if end is not None and (end != count or meta.get("digest") != digest.hexdigest()):
                 raise PayloadError(f"the answer to {header.request} does not agree with what its last part says of it")
             digest.update(checksum)
         return parts
@@ -269,7 +271,21 @@ class FlightSource:
         ticket = fl.Ticket(message(self._access.token))
         options = fl.FlightCallOptions(timeout=self._settings.give_up_seconds)
         batches = line.client.do_get(ticket, options).read_all().combine_chunks().to_batches()
-        return decode_head(batches[0])
+        try:
+            return decode_head(batches[0])
+        except PayloadError as error:
+            raise Retry(f"{line.endpoint.address}: {error}") from error
+
+
+def _stated(raw: bytes, *names: str) -> dict[str, Any]:
+    """What a message says of itself. Raises: PayloadError for what no server has said."""
+    try:
+        fields = json.loads(raw)
+    except ValueError as error:
+        raise PayloadError(f"an answer's metadata are no JSON ({error})") from error
+    if not isinstance(fields, dict) or not fields.keys() >= set(names):
+        raise PayloadError(f"an answer's metadata have not all of {', '.join(names)}")
+    return fields
 
 
 def _wait(state: tenacity.RetryCallState) -> float:

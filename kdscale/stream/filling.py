@@ -43,7 +43,8 @@ class Filling:
             spec: RecordingWriter(directory, f"{name}-r{rank}", spec, meaning, row_tokens)
             for name, spec in (("heldout", heldout), ("train", provenance.targets))
         }
-        self._written: set[bytes] = set()
+        self._written: set[tuple[TargetSpec, bytes]] = set()
+        self._closed = False
         self._asking = 0
         self._changed = threading.Condition()
         self._stats: list[dict[str, Any]] | None = None
@@ -75,7 +76,8 @@ class Filling:
             targets = SoftTargets.join([decode(part, spec, self._meaning.vocab_size) for part in parts])
             with self._changed:
                 self.received.setdefault(spec.payload, Received()).add(parts)
-                self._keep(batch, spec, pa.concat_batches(parts))
+                if not self._closed:
+                    self._keep(batch, spec, pa.concat_batches(parts))
             return targets
         finally:
             with self._changed:
@@ -86,9 +88,9 @@ class Filling:
         start = 0
         for row in batch.rows():
             key, positions = row_key(row), row.num_tokens
-            if key not in self._written and not self._recording.holds(row, spec):
+            if (spec, key) not in self._written and not self._recording.holds(row, spec):
                 self._writers[spec].add(key, [answer.slice(start, positions)])
-                self._written.add(key)
+                self._written.add((spec, key))
             start += positions
 
     # ---- the end of the teacher ----
@@ -129,7 +131,9 @@ class Filling:
         return self._live.teacher_stats() if self._stats is None else self._stats
 
     def close(self) -> None:
-        """Keep what has arrived."""
+        """Keep what has arrived; what comes later is lost, as its shard would never be finished."""
+        with self._changed:
+            self._closed = True
         self.flush()
         self._live.close()
         self._recording.close()

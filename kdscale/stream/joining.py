@@ -25,6 +25,8 @@ class RemoteRegistry:
         self._where = access.directory
         self._meaning = meaning
         self._lock = threading.Lock()
+        # Held from looking at states until they are said: what is said last is what holds.
+        self._saying = threading.RLock()
         self._states: dict[str, tuple[State, list[Endpoint]]] = {}
         self.fault: KdscaleError | None = None
         """Set when the run has not answered for some time, or has refused a replica."""
@@ -39,8 +41,14 @@ class RemoteRegistry:
             return any(state != "leaving" for state, _ in self._states.values())
 
     def publish(self, replica: str, endpoints: list[Endpoint]) -> None:
-        """Raises: IdentityError, StreamError."""
-        self._set(replica, "serving", endpoints)
+        """A directory that does not answer now is told again, as long as there is one.
+
+        Raises: IdentityError: the run does not want such a replica.
+        """
+        try:
+            self._set(replica, "serving", endpoints)
+        except StreamError as error:
+            _LOG.warning("%s could not be published yet: %s", replica, error)
 
     def withdraw(self, replica: str, *, rebuilding: bool) -> None:
         """A directory that does not answer forgets the replica by itself, when its lease is over."""
@@ -48,10 +56,11 @@ class RemoteRegistry:
             if rebuilding:
                 self._set(replica, "rebuilding", [])
             else:
-                with self._lock:
-                    known = self._states.pop(replica, None)
-                if known is not None:
-                    self._client.ask("leave", LEASE_S, replica=replica)
+                with self._saying:
+                    with self._lock:
+                        known = self._states.pop(replica, None)
+                    if known is not None:
+                        self._client.ask("leave", LEASE_S, replica=replica)
         except StreamError as error:
             _LOG.warning("%s could not be withdrawn: %s", replica, error)
 
@@ -76,9 +85,10 @@ class RemoteRegistry:
         self._client.close()
 
     def _set(self, replica: str, state: State, endpoints: list[Endpoint]) -> None:
-        with self._lock:
-            self._states[replica] = (state, endpoints)
-        self._say(replica, state, endpoints)
+        with self._saying:
+            with self._lock:
+                self._states[replica] = (state, endpoints)
+            self._say(replica, state, endpoints)
 
     def _say(self, replica: str, state: State, endpoints: list[Endpoint]) -> None:
         self._client.ask(
@@ -92,15 +102,8 @@ class RemoteRegistry:
 
     def _renew(self) -> None:
         while not self._closed.wait(_RENEW_S):
-            with self._lock:
-                states = dict(self._states)
             try:
-                for replica, (state, endpoints) in states.items():
-                    self._say(replica, state, endpoints)
-                if not states:
-                    # Nothing to say yet; whether the run still wants us shows all the same.
-                    self._client.listing()
-                    self._answered = time.monotonic()
+                self._renew_once()
             except StreamError as error:
                 silent_s = time.monotonic() - self._answered
                 if silent_s > _GONE_S:
@@ -111,3 +114,15 @@ class RemoteRegistry:
             except KdscaleError as error:
                 self.fault = error
                 return
+
+    def _renew_once(self) -> None:
+        """Raises: KdscaleError."""
+        with self._saying:
+            with self._lock:
+                states = dict(self._states)
+            for replica, (state, endpoints) in states.items():
+                self._say(replica, state, endpoints)
+        if not states:
+            # Nothing to say yet; whether the run still wants us shows all the same.
+            self._client.listing()
+            self._answered = time.monotonic()

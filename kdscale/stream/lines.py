@@ -12,7 +12,7 @@ import xxhash
 from kdscale import log
 from kdscale.batch import Batch
 from kdscale.config.teachers import ALONE
-from kdscale.errors import StreamError
+from kdscale.errors import KdscaleError, StreamError
 from kdscale.stream.directory import DirectoryClient, Listing
 from kdscale.stream.protocol import Access, Endpoint, Header, connect, encode_rows, schema_of_rows
 from kdscale.stream.watchdog import Watchdog
@@ -52,7 +52,8 @@ class Exchange:
             # What opens it travels with the schema: the teacher reads it while the rows are put together.
             self._writer.begin(schema_of_rows(batch))
             self._begun = True
-        self._writer.write_with_metadata(encode_rows(batch), header.asking())
+        rows = encode_rows(batch)
+        self._writer.write_with_metadata(rows, header.asking(rows))
 
     def close(self) -> None:
         # Cancelled first: a teacher that stands still would not let go of it.
@@ -209,10 +210,9 @@ class Lines:
         while not self._closed.wait(_FOLLOW_S):
             try:
                 listing = self._directory.listing()
-            except StreamError as error:
+                if listing.endpoints:
+                    self._refresh(listing)
+                self._watchdog.follow(listing)
+            except (KdscaleError, pa.ArrowException, OSError) as error:
                 # Whoever needs an endpoint and has none says so, and gives up in time.
                 _LOG.debug("%s", error)
-                continue
-            if listing.endpoints:
-                self._refresh(listing)
-            self._watchdog.follow(listing)

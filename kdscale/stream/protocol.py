@@ -19,7 +19,7 @@ from kdscale.spec import TargetSpec, Task
 from kdscale.targets import arrow
 from kdscale.tunnel import is_loopback, require_loopback
 
-PROTOCOL = 4
+PROTOCOL = 5
 # gRPC gives a connection 20 s to come about, in which nothing can cancel the call: too long for a server that is stopped.
 _CONNECTING = [("grpc.min_reconnect_backoff_ms", 4000)]
 
@@ -111,9 +111,10 @@ class Header:
         """What all requests of an exchange have in common."""
         return message(token, kind=_kind_text(self.spec, self.meaning), num_columns=self.num_columns)
 
-    def asking(self) -> bytes:
-        """What is this one's own."""
-        return json.dumps({"request": self.request, "number": self.number}).encode()
+    def asking(self, rows: pa.RecordBatch) -> bytes:
+        """What is this one's own, behind the checksum of that and of its rows."""
+        stated = arrow.stated({"request": self.request, "number": self.number})
+        return arrow.checksum(rows, b"", stated).encode() + stated
 
     @staticmethod
     def opened(raw: bytes, token: str) -> "Header":
@@ -125,13 +126,22 @@ class Header:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StreamError(f"malformed opening of an exchange: {error!r}") from error
 
-    def of(self, raw: bytes) -> "Header":
-        """The request that comes with these ``asking`` bytes. Raises: StreamError when they are malformed."""
+    def of(self, raw: bytes, rows: pa.RecordBatch) -> "Header":
+        """The request that comes with these ``asking`` bytes and ``rows``, which Arrow has validated.
+
+        Raises: StreamError when they are malformed, or do not agree with their checksum.
+        """
+        checksum, stated = raw[: arrow.CHECKSUM_DIGITS], raw[arrow.CHECKSUM_DIGITS :]
+        if arrow.checksum(rows, b"", stated).encode() != checksum:
+            raise StreamError("the request does not agree with its checksum")
         try:
-            fields = json.loads(raw)
-            return Header(str(fields["request"]), self.spec, self.meaning, self.num_columns, int(fields["number"]))
+            fields = json.loads(stated)
+            request, number = str(fields["request"]), int(fields["number"])
         except (KeyError, TypeError, ValueError) as error:
             raise StreamError(f"malformed request: {error!r}") from error
+        if abs(number) >= 1 << 63:
+            raise StreamError(f"malformed request: batch number {number} is not one of 64 bits")
+        return Header(request, self.spec, self.meaning, self.num_columns, number)
 
 
 # A run's requests are of a few kinds: what says which is written, and read, once.
@@ -221,12 +231,27 @@ def encode_rows(batch: Batch) -> pa.RecordBatch:
     return arrow.record_batch(columns, schema_of_rows(batch))
 
 
-def decode_rows(batch: pa.RecordBatch, header: Header, vocab_size: int) -> Batch:
-    """Raises: PayloadError for another schema, or tokens or classes outside the vocabulary."""
-    if header.meaning.task != "language-modelling":
-        return _decode_examples(batch, header)
+def decode_request(raw: bytes, rows: pa.RecordBatch, kind: Header, vocab_size: int) -> tuple[Header, Batch]:
+    """The request, of an exchange of ``kind``, that came with these ``Header.asking`` bytes, and the batch it is about.
+
+    Raises:
+        PayloadError: rows of another schema; tokens or classes outside the vocabulary.
+        StreamError: damaged on the way.
+    """
+    meaning, num_columns = kind.meaning, kind.num_columns
+    if meaning.task == "image-classification" and num_columns != meaning.input_size:
+        raise PayloadError(f"an image has {num_columns} bytes; the teacher reads {meaning.input_size}")
+    if meaning.task == "language-modelling":
+        arrow.check(rows, rows_schema(num_columns))
+    else:
+        arrow.check(rows, examples_schema(num_columns, 1 if meaning.task == "image-classification" else 4))
+    header = kind.of(raw, rows)
+    of_tokens = meaning.task == "language-modelling"
+    return header, _decode_tokens(rows, header, vocab_size) if of_tokens else _decode_examples(rows, header)
+
+
+def _decode_tokens(batch: pa.RecordBatch, header: Header, vocab_size: int) -> TokenBatch:
     num_columns = header.num_columns
-    arrow.check(batch, rows_schema(num_columns))
     # Views of what has arrived: whoever reads them brings rows of several requests together, which copies.
     ids, segments, positions = (
         arrow.plane(batch, name, "<i4", num_columns) for name in ("ids", "segments", "positions")
@@ -245,9 +270,6 @@ def decode_rows(batch: pa.RecordBatch, header: Header, vocab_size: int) -> Batch
 def _decode_examples(batch: pa.RecordBatch, header: Header) -> ExampleBatch:
     meaning, num_columns = header.meaning, header.num_columns
     of_images = meaning.task == "image-classification"
-    if of_images and num_columns != meaning.input_size:
-        raise PayloadError(f"an image has {num_columns} bytes; the teacher reads {meaning.input_size}")
-    arrow.check(batch, examples_schema(num_columns, 1 if of_images else 4))
     inputs = arrow.plane(batch, "inputs", "u1" if of_images else "<i4", num_columns).copy()
     if not of_images and inputs.size and (inputs.min() < 0 or inputs.max() >= meaning.input_size):
         raise PayloadError(f"token ids span {inputs.min()}..{inputs.max()}; the tokenizer has {meaning.input_size}")

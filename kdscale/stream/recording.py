@@ -35,7 +35,7 @@ from kdscale.stream.source import Received
 from kdscale.stream.whole import MANIFEST
 from kdscale.targets import arrow
 from kdscale.targets.decode import decode
-from kdscale.targets.layout import row_bytes, schema_bytes
+from kdscale.targets.layout import VERSION, row_bytes, schema_bytes
 from kdscale.targets.layout import schema as target_schema
 
 _PROVENANCE, _HEAD = "PROVENANCE.json", "head.arrow"
@@ -61,7 +61,7 @@ class Provenance:
         return Provenance(meaning, corpus, f"{config.data.packing} {config.data.row_tokens}", config.target_spec(0))
 
     def as_dict(self) -> dict[str, Any]:
-        return {"version": 1, **asdict(self), "targets": self.targets.as_dict()}
+        return {"version": 1, "layout": VERSION, **asdict(self), "targets": self.targets.as_dict()}
 
 
 def row_key(row: Batch) -> bytes:

@@ -20,7 +20,14 @@ from kdscale.batch import Batch, SoftTargets
 from kdscale.credentials import Credentials
 from kdscale.errors import IdentityError, KdscaleError, PayloadError, StreamError
 from kdscale.head import Head, HeadSpec
-from kdscale.stream.protocol import Header, Meaning, decode_rows, listening, open_message, require_same_meaning
+from kdscale.stream.protocol import (
+    Header,
+    Meaning,
+    decode_request,
+    listening,
+    open_message,
+    require_same_meaning,
+)
 from kdscale.targets import arrow
 from kdscale.targets.encode import encode
 from kdscale.targets.layout import schema as target_schema
@@ -44,7 +51,7 @@ class Scorer(Protocol):
         ...
 
     def progress(self) -> int:
-        """A number that grows as forwards finish."""
+        """A number that grows as forwards advance."""
         ...
 
     def stats(self) -> dict[str, Any]:
@@ -102,8 +109,8 @@ class TargetServer(fl.FlightServerBase):
         with self._lock:
             self.in_flight += 1
         try:
-            header = kind.of(chunk.app_metadata.to_pybytes() if chunk.app_metadata is not None else b"")
-            batch = decode_rows(chunk.data, header, self._meaning.vocab_size)
+            raw = chunk.app_metadata.to_pybytes() if chunk.app_metadata is not None else b""
+            header, batch = decode_request(raw, chunk.data, kind, self._meaning.vocab_size)
             targets = self._answer(self._scorer.submit(header.request, batch, header), context, writer)
             if targets is None:
                 return False

@@ -1,6 +1,7 @@
 """The contract of every source of soft targets, live or recorded."""
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -13,14 +14,20 @@ from kdscale.spec import TargetSpec
 
 @dataclass
 class Received:
-    """Bytes and positions that answers held."""
+    """Bytes and positions that answers held. Safe to add to from several threads."""
 
     bytes: int = 0
     tokens: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, parts: list[pa.RecordBatch]) -> None:
-        self.bytes += sum(part.nbytes for part in parts)
-        self.tokens += sum(part.num_rows for part in parts)
+        size, tokens = sum(part.nbytes for part in parts), sum(part.num_rows for part in parts)
+        with self._lock:
+            self.bytes += size
+            self.tokens += tokens
+
+    def as_dict(self) -> dict[str, int]:
+        return {"bytes": self.bytes, "tokens": self.tokens}
 
 
 class TargetSource(Protocol):

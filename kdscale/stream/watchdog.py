@@ -60,4 +60,4 @@ class Watchdog:
             now = time.monotonic()
             for watch in list(self._watches):
                 if now - watch.seen >= self._limit_s:
-                    watch.cancel(f"no progress for {self._limit_s:g} s")
+                    watch.cancel(f"no progress for {self._limit_s:g} s (stream.stall_seconds)")

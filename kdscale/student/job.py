@@ -224,7 +224,7 @@ class StudentJob:
             parameters=self._parameters,
         )
         report["teacher_stats"] = source.teacher_stats()
-        report["received"] = {payload: asdict(received) for payload, received in source.received.items()}
+        report["received"] = {payload: received.as_dict() for payload, received in source.received.items()}
         source.close()
         saving.finish()
         stall_s = outcome.totals.checkpoint_stall_seconds + saving.take_stall_seconds()

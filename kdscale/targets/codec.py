@@ -197,11 +197,13 @@ def unpack_entries(
 
     offsets, flat = rows
     lengths = offsets[1:] - offsets[:-1]
+    every = kept is None
     if kept is None:
         kept = lengths // sum(widths)
     own = kept * widths[1]
     count = (lengths - own) // widths[0]
     whole = bool((count * widths[0] + own == lengths).all()) and bool((kept <= count).all())
+    whole &= not every or bool((kept == count).all())
     _require(whole and count.max(initial=0) <= most, f"a row of entries is as long as no row of at most {most} is")
     _require(len(table) == 1 << 8 * widths[1], f"values of {widths[1]} bytes stand for {len(table)} weights")
     ids_TK = np.zeros((len(count), int(count.max(initial=0))), np.int32)

@@ -28,6 +28,8 @@ from kdscale.targets.layout import count_dtype, high_bits, high_bytes, id_bytes,
 
 # float16 rounds a log-probability by at most 2^-11 of itself; the kept mass may exceed 1 by that much.
 _MASS_EPS = 2e-2
+# Steps of uint8 are even on the fourth root: K codes, each off by half a step, are off by 2/255 K^(1/4) together at most.
+_STEP = 2 / 255
 # In four bits an entry may be off by a third; only a row of nonsense is further off as a whole.
 _COARSE_MASS_EPS = 0.5
 # Exponent bits of the 16-bit floats, all set where a number is infinite or NaN.
@@ -99,7 +101,7 @@ def _ordered(
     logp = _values(plane(batch, "value", *_value_type(spec), k), spec)
     # Below float16's range there is no tail worth the name; exactly -inf stands for none at all.
     kept, rest = logp.exp().sum(-1), tail.exp()
-    _refuse_mass(kept + rest)
+    _refuse_mass(kept + rest, _mass_eps(spec, k))
     # Rounding has moved the kept mass a little: what the tail leaves is theirs.
     logp.add_(((1 - rest).clamp_min(torch.finfo(rest.dtype).tiny) / kept).log_()[:, None])
     return torch.from_numpy(ids), logp.clamp_(max=0.0), tail
@@ -138,9 +140,10 @@ def _decode_sampled(batch: pa.RecordBatch, labels_T: torch.Tensor, spec: TargetS
     if drawn:
         _refuse_mass(torch.from_numpy(found.mass_T))
     else:
-        _refuse(not (found.mass_T <= 1 + _MASS_EPS).all(), "the kept mass of a position is above 1 or not a number")
-        none = (found.mass_T == 0) & (found.kept_T == found.count_T)
-        _refuse(none.any(), "the mass of a position does not add up to 1")
+        eps = _mass_eps(spec, k)
+        _refuse(not (found.mass_T <= 1 + eps).all(), "the kept mass of a position is above 1 or not a number")
+        short = (found.mass_T < 1 - eps) & (found.kept_T == found.count_T)
+        _refuse(short.any(), "the mass of a position does not add up to 1")
     ids_TK, weights_TK = torch.from_numpy(found.ids_TK), torch.from_numpy(found.weights_TK)
     counts = torch.from_numpy(found.count_T), torch.from_numpy(found.kept_T)
     return SampledTargets(labels_T, ids_TK, weights_TK, *counts, _entropy(batch), spec.temperature)
@@ -186,7 +189,13 @@ def _any_special(bits: np.ndarray, exponent: int) -> bool:
 
 
 def _refuse_ids(ids: np.ndarray, vocab_size: int) -> None:
-    _refuse(bool(ids.size) and int(ids.max()) >= vocab_size, f"an id lies outside the vocabulary of {vocab_size}")
+    # As unsigned numbers those below 0 are the largest.
+    _refuse(ids.view(np.uint32).max(initial=0) >= vocab_size, f"an id lies outside the vocabulary of {vocab_size}")
+
+
+def _mass_eps(spec: TargetSpec, k: int) -> float:
+    """How far rounding may carry the mass of K entries from 1."""
+    return _MASS_EPS + (_STEP * k**0.25 if spec.encoding == "uint8" else 0)
 
 
 def _refuse_mass(mass_T: torch.Tensor, eps: float = _MASS_EPS) -> None:

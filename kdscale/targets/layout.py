@@ -6,6 +6,7 @@ behind those of any payload.
 """
 
 import json
+import math
 from functools import lru_cache
 
 import pyarrow as pa
@@ -21,8 +22,14 @@ def schema(spec: TargetSpec, vocab_size: int, hidden_size: int) -> pa.Schema:
     """The Arrow schema of a payload. Its metadata says what the numbers mean, so a recording explains itself.
 
     Raises:
-        PayloadError: an encoding that the payload does not have, or layers not ascending from 0.
+        PayloadError: an encoding that the payload does not have, layers not ascending from 0, or numbers that mean nothing.
     """
+    if spec.payload in ("topk", "sampled") and spec.k < 1:
+        raise PayloadError(f"payload {spec.payload} with k = {spec.k} names nothing; ask for 1 or more")
+    if not 0 < spec.temperature < math.inf:
+        raise PayloadError(f"temperature {spec.temperature} softens nothing; ask for a finite one above 0")
+    if not 0 <= spec.seed < 1 << 63:
+        raise PayloadError(f"seed {spec.seed} is none; it must be from 0 to 2^63 - 1")
     layers = spec.layers
     if list(layers) != sorted(set(layers)) or min(layers, default=0) < 0:
         raise PayloadError(f"layers {list(layers)} cannot be asked for; name each once, ascending, from 0 on")

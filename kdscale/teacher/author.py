@@ -36,7 +36,7 @@ class Author:
         self._restarts = Restarts(teacher.restarts, teacher.restart_wait_seconds, teacher.restart_forget_seconds)
         self._replica: TeacherReplica | None = None
         self._generation = 0
-        self._since = time.monotonic()
+        self._built_at, self._lived_s = 0.0, 0.0
 
     def write(self, batch: list[Prompt]) -> list[Continuation]:
         """Continuations in the batch's order. Raises: TeacherError when no restart is left."""
@@ -45,10 +45,12 @@ class Author:
         while True:
             try:
                 written = self._built().generate(shares, self._sampling, self._limit_s, self._stop)
+                # A life is as long as it was of use: neither loading nor a batch that comes to nothing counts.
+                self._lived_s = time.monotonic() - self._built_at
                 return [one for share in written for one in share]
             except TeacherError as fault:
                 self.kill()
-                if self._stop.is_set() or not self._restarts.spend(time.monotonic() - self._since):
+                if self._stop.is_set() or not self._restarts.spend(self._lived_s):
                     raise TeacherError(
                         f"{fault}; no restart is left (teacher.restarts = {self._restarts.allowed})"
                     ) from None
@@ -57,11 +59,12 @@ class Author:
 
     def _built(self) -> TeacherReplica:
         if self._replica is None:
+            self._lived_s = 0.0
             self._replica = TeacherReplica(self._setup, self._group, self._name, self._generation)
             self._generation += 1
             self._replica.begin()
             self._replica.built()
-            self._since = time.monotonic()
+            self._built_at = time.monotonic()
         return self._replica
 
     def kill(self) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from kdscale.batch import Batch, ExampleBatch, SoftTargets, TokenBatch
 from kdscale.data.images import Pixels
@@ -52,6 +54,13 @@ class TeacherModel:
         self._classifies = is_classifier(inference.model)
         if self._classifies:
             set_head(inference.model, PassThrough(self._weight, self._bias))
+        self.blocks_run = 0
+        """So far: what a watcher sees of a forward that takes long. Any thread may read it."""
+        for block in _blocks(inference.model):
+            block.register_forward_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self.blocks_run += 1
 
     @torch.no_grad()
     def forward(self, work: list[Work]) -> list[SoftTargets | Head]:
@@ -144,6 +153,14 @@ class TeacherModel:
     def _copy(head: Head) -> Head:
         bias = None if head.bias_V is None else head.bias_V.detach().cpu().clone()
         return Head(head.weight_VD.detach().cpu().clone(), bias, head.spec)
+
+
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """What a forward passes one after the other: blocks, or the whole where they cannot be told."""
+    try:
+        return list(blocks_of(model))
+    except ModelError:
+        return [model.base_model]
 
 
 def _columns(plane_RL: np.ndarray, columns: int) -> np.ndarray:

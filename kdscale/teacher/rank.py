@@ -59,7 +59,7 @@ class RankScorer:
         return answers
 
     def progress(self) -> int:
-        return self.counters.forwards
+        return self.counters.forwards + self._model.blocks_run
 
     def forward_seconds(self) -> float:
         """How long the forward in progress has run; 0 between forwards."""
@@ -87,9 +87,10 @@ class RankScorer:
                 for _, out in jobs:
                     out.put(fault)
                 raise fault from error
+            # Before the answers: who has one may look what it took.
+            self._count([work for work, _ in jobs])
             for (_, out), answer in zip(jobs, answers, strict=True):
                 out.put(answer)
-            self._count([work for work, _ in jobs])
             self._forward_began = None
             self._lockstep.done(forward)
 

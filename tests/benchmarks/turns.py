@@ -45,7 +45,7 @@ def serve(
     transient = None
     if owned_bytes is not None:
         # The largest of several: what the kernel takes back meanwhile hides some of a peak.
-        transient = max(_transient(work) for _ in range(3)) - owned_bytes
+        transient = max(_transient(work) for _ in range(6)) - owned_bytes
     say(json.dumps({"figures": figures, "transient_bytes": transient}))
     for _ in sys.stdin:
         began = time.perf_counter()

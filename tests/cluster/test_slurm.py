@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.test_submit import free_port
+from kdscale.node import free_port
 from tests.runs import OURS, assert_nothing_left, finish, steps, wait_for_step, write_config
 
 ROOT = Path(__file__).parents[2]

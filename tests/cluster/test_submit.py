@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import stat
 import subprocess
 import sys
@@ -16,18 +15,12 @@ from pathlib import Path
 import pytest
 
 from kdscale.engine.checkpoint import newest
+from kdscale.node import free_port
 from tests.failure.runs import config_of, ranks_of
 from tests.runs import OURS, PATIENCE_S, assert_nothing_left, marked_running, steps, write_config
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def shell(*command: str, env: dict[str, str], within_s: float = PATIENCE_S) -> tuple[int, str]:

@@ -57,4 +57,4 @@ def join(rank: int, world: int, port_file: Path):
         while not port_file.exists():
             time.sleep(0.05)
         address = ("127.0.0.1", int(port_file.read_text()))
-    return member.join(address, "127.0.0.0/8", None, 60.0, 60.0, 0)
+    return member.join(address, "127.0.0.0/8", None, 300.0, 300.0, 0)

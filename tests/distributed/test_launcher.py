@@ -1,5 +1,6 @@
 """Student ranks under the DeepSpeed launcher, a teacher under Ray."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 from kdscale.stream.protocol import Access
 from tests.runs import (
     OURS,
+    TEMP,
     assert_nothing_left,
     finish,
     marked_running,
@@ -92,7 +93,12 @@ def served(tmp_path: Path, teacher_dir: Path, text_dir: Path) -> Iterator[Served
 
 
 def launched(rank: str) -> list[psutil.Process]:
-    return [one for one in marked_running("kdscale.worker") if one.environ().get("RANK") == rank]
+    found = []
+    for one in marked_running("kdscale.worker"):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if one.environ().get("RANK") == rank:
+                found.append(one)
+    return found
 
 
 def assert_no_rank_left(within_s: float) -> None:
@@ -100,7 +106,7 @@ def assert_no_rank_left(within_s: float) -> None:
     while left := marked_running("kdscale.worker"):
         assert time.monotonic() < deadline, [" ".join(process.cmdline()) for process in left]
         time.sleep(0.1)
-    assert [path for path in Path(tempfile.gettempdir()).glob("kdscale-*/**/rank-*.json")] == []
+    assert [path for path in TEMP.glob("kdscale-*/**/rank-*.json")] == []
 
 
 def test_launched_ranks_die_stop_go_on_and_end(served: Served, tmp_path: Path, teacher_dir: Path):

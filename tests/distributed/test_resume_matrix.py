@@ -80,7 +80,7 @@ def every(world: int) -> list[Case]:
 def test_resumed_is_uninterrupted(world: int, tmp_path: Path, request: pytest.FixtureRequest):
     full = request.config.getoption("--full-matrix")
     cases = (every if full else some)(world)
-    fields, limit_s = json.dumps([asdict(case) for case in cases]), 3600 if full else 300
+    fields, limit_s = json.dumps([asdict(case) for case in cases]), 3600 if full else 600
     run_ranks(matrix_ranks.__name__, world, str(tmp_path / "a"), fields, KILLS[world], timeout_s=limit_s, killed=True)
     assert not (tmp_path / "a" / cases[-1].name / "killed" / f"step-{cases[-1].steps}").exists()
     run_ranks(matrix_ranks.__name__, world, str(tmp_path / "a"), fields, "again", timeout_s=limit_s)

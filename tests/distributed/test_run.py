@@ -22,6 +22,7 @@ from kdscale.stream.directory import list_endpoints
 from kdscale.stream.protocol import Access, call, connect
 from tests.runs import (
     KDSCALE,
+    PATIENCE_S,
     assert_nothing_left,
     finish,
     marked,
@@ -29,6 +30,7 @@ from tests.runs import (
     run,
     start,
     steps,
+    wait_for_checkpoint,
     wait_for_file,
     wait_for_step,
     write_config,
@@ -115,10 +117,13 @@ def test_interrupted_and_killed_runs_go_on(tmp_path: Path, teacher_dir: Path, te
     log, directory = tmp_path / "log", tmp_path / "runs" / "tiny"
 
     process = start("train", str(config), log=log)
-    wait_for_step(directory, 12, process, log)
-    second = subprocess.run([*KDSCALE, "train", str(config)], capture_output=True, text=True, timeout=60, check=False)
+    wait_for_step(directory, 1, process, log)
+    second = subprocess.run(
+        [*KDSCALE, "train", str(config)], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert second.returncode == 1
     assert "another process works on" in second.stderr
+    wait_for_step(directory, 12, process, log)
     process.send_signal(signal.SIGINT)
     asked = time.monotonic()
     assert finish(process, log) == 130, log.read_text()
@@ -130,6 +135,7 @@ def test_interrupted_and_killed_runs_go_on(tmp_path: Path, teacher_dir: Path, te
 
     process = start("train", str(config), log=log)
     wait_for_step(directory, saved.step + 12 + moments.randrange(10), process, log)
+    wait_for_checkpoint(directory, saved.step + 1, process, log)
     time.sleep(moments.uniform(0, 0.1))
     (driver,) = marked_running("kdscale.driver")
     driver.kill()

@@ -27,7 +27,7 @@ def config_of(tmp_path: Path, teacher_dir: Path, text_dir: Path, **sections: dic
     """Deterministic, two teacher ranks, one student rank, and a learning rate that does not depend on ``train.steps``."""
     fields: dict[str, dict[str, Any]] = {
         "run": {"deterministic": True},
-        "train": {"steps": 4000, "batch_rows": 4, "micro_rows": 2, "schedule": "constant"},
+        "train": {"steps": 1_000_000, "batch_rows": 4, "micro_rows": 2, "schedule": "constant"},
         "teacher": {"ranks": 2, "restart_wait_seconds": 0.2},
         "student": {"restart_wait_seconds": 0.2},
         "checkpoint": {"every_steps": 20},

@@ -16,11 +16,12 @@ from kdscale.config.sections import ClusterSection
 from kdscale.engine.checkpoint import newest, verify
 from kdscale.errors import CheckpointError, PlacementError
 from tests.conftest import make_tokenizer
+from tests.failure.runs import ranks_of
 from tests.runs import (
     KDSCALE,
+    PATIENCE_S,
     assert_nothing_left,
     finish,
-    marked,
     run,
     start,
     steps,
@@ -30,7 +31,7 @@ from tests.runs import (
 )
 
 
-def refused(*arguments: str, timeout: float = 90) -> tuple[int, str]:
+def refused(*arguments: str, timeout: float = PATIENCE_S) -> tuple[int, str]:
     done = subprocess.run([*KDSCALE, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
     return done.returncode, done.stderr
 
@@ -44,7 +45,9 @@ def test_unknown_key_exits_2_and_is_named():
 
 def test_show_starts_nothing_and_needs_no_torch(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     config = write_config(tmp_path, teacher_dir, text_dir, teacher={"ranks": 2, "replicas": 2})
-    done = subprocess.run([*KDSCALE, "show", str(config)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [*KDSCALE, "show", str(config)], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "2 replicas: ZeRO-3 over 2 ranks" in done.stdout
     assert "5 CPU" in done.stdout
@@ -54,13 +57,15 @@ def test_show_starts_nothing_and_needs_no_torch(tmp_path: Path, teacher_dir: Pat
 
 def test_show_says_unknown_for_what_it_cannot_know(tmp_path: Path, text_dir: Path):
     config = write_config(tmp_path, Path("some/hub-name"), text_dir)
-    done = subprocess.run([*KDSCALE, "show", str(config)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [*KDSCALE, "show", str(config)], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "unknown" in done.stdout
 
 
 def test_doctor_runs():
-    done = subprocess.run([*KDSCALE, "doctor"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([*KDSCALE, "doctor"], capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stdout
     assert "ok  torch" in done.stdout
 
@@ -108,7 +113,7 @@ def test_dead_teacher_rank_ends_the_run_with_its_checkpoint_intact(tmp_path: Pat
     process = start("train", str(config), log=log)
     wait_for_step(directory, 25, process, log)
     wait_for_file(directory / "checkpoints" / "step-20" / "MANIFEST.json", process, log)
-    ranks = [one for one in marked() if "TeacherRank" in " ".join(one.cmdline())]
+    ranks = ranks_of("TeacherRank")
     assert len(ranks) == 2
     ranks[1].kill()
     began = time.monotonic()

@@ -20,7 +20,7 @@ from kdscale.errors import KdscaleError
 from tests.classes import make_classifier, save_classifier, task_of, write_digits, write_topics
 from tests.distributed.launch import run_ranks
 from tests.modes import class_ranks
-from tests.runs import assert_nothing_left, run, start, wait_for_file, write_config
+from tests.runs import assert_nothing_left, run, start, wait_for_step, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -184,7 +184,7 @@ def test_image_classification_from_end_to_end(tmp_path: Path):
     assert run("record", str(config), str(tmp_path / "out"), log=log) == 0, log.read_text()
     recorded = ("targets.source=recording", f"targets.recording={tmp_path / 'out'}")
     process = start("train", str(config), "run.name=killed", *recorded, log=log)
-    wait_for_file(runs / "killed" / "checkpoints" / "step-10" / "MANIFEST.json", process, log)
+    wait_for_step(runs / "killed", 3, process, log)
     process.kill()
     process.wait()
     assert_nothing_left(within_s=15)

@@ -1,6 +1,8 @@
 """Text that the sharded teacher writes, and a student that learns from it."""
 
+import contextlib
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,6 +13,16 @@ from tests.runs import assert_nothing_left, finish, run, start, steps, wait_for_
 
 pytestmark = pytest.mark.slow
 SECTION = {"prompt_tokens": 6, "new_tokens": 24, "batch_rows": 3, "top_p": 0.9}
+
+
+def wait_for_text(path: Path, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    wait_for_file(path, process, log)
+    while path.is_file():
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size:
+                return
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
 
 
 def test_killed_and_gone_on_with_the_teacher_writes_the_same(tmp_path: Path, teacher_dir: Path, text_dir: Path):
@@ -24,9 +36,7 @@ def test_killed_and_gone_on_with_the_teacher_writes_the_same(tmp_path: Path, tea
 
     process = start("generate", str(config), str(halves), log=log)
     partial = tmp_path / "halves.jsonl.partial"
-    wait_for_file(partial, process, log)
-    while partial.is_file() and partial.stat().st_size == 0:
-        assert process.poll() is None, log.read_text()
+    wait_for_text(partial, process, log)
     process.kill()
     process.wait()
     assert_nothing_left(within_s=15)
@@ -44,15 +54,12 @@ def test_killed_and_gone_on_with_the_teacher_writes_the_same(tmp_path: Path, tea
 
 def test_a_lost_author_is_started_again(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     """A rank killed while it writes costs a restart, and no line."""
-    config = write_config(tmp_path, teacher_dir, text_dir, teacher={"ranks": 2}, generate=SECTION | {"limit": 12})
+    config = write_config(tmp_path, teacher_dir, text_dir, teacher={"ranks": 2}, generate=SECTION | {"limit": 48})
     log, out, undisturbed = tmp_path / "log", tmp_path / "out.jsonl", tmp_path / "undisturbed.jsonl"
     process = start("generate", str(config), str(out), log=log)
     partial = tmp_path / "out.jsonl.partial"
-    wait_for_file(partial, process, log)
-    while len(ranks := ranks_of("TeacherRank")) < 2:
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.1)
-    ranks[1].kill()
+    wait_for_text(partial, process, log)
+    ranks_of("TeacherRank")[1].kill()
     assert finish(process, log) == 0, log.read_text()
     assert "of the teacher is lost" in log.read_text()
     assert run("generate", str(config), str(undisturbed), log=log) == 0, log.read_text()

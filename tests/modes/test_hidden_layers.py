@@ -48,7 +48,7 @@ def test_from_inside_the_teacher(tmp_path: Path, teacher_dir: Path, text_dir: Pa
     assert (out / "MANIFEST.json").exists()
     killed = ("train", str(config), "run.name=killed", *sources["recording"])
     process = start(*killed, log=log)
-    wait_for_step(runs / "killed", 7, process, log)
+    wait_for_step(runs / "killed", 2, process, log)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert_nothing_left(within_s=15)

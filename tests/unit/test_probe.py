@@ -3,11 +3,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from kdscale.evaluate.fidelity import Fidelity
-from kdscale.probe import overrides, recommend
+from kdscale.config import load_config
+from kdscale.evaluate.fidelity import Fidelity, Positions
+from kdscale.head import Head, HeadSpec
+from kdscale.probe import overrides, recommend, settings
 from kdscale.spec import TargetSpec
-from tests.runs import KDSCALE, write_config
+from tests.runs import KDSCALE, PATIENCE_S, write_config
 
 
 def fidelity(size: int, angle: float) -> Fidelity:
@@ -29,11 +32,23 @@ def test_overrides_are_what_the_command_line_takes():
     ]
 
 
+def test_settings_have_the_temperature_of_the_loss(tmp_path: Path, teacher_dir: Path, text_dir: Path):
+    """Also where the run asks for `hidden`, which has none."""
+    sections = {"targets": {"payload": "hidden"}, "loss": {"temperature": 2.0}}
+    config = load_config(write_config(tmp_path, teacher_dir, text_dir, **sections))
+    weight = torch.zeros(300, 4)
+    head = Head(weight, None, HeadSpec(300))
+    positions = Positions(torch.zeros(2).int(), torch.zeros(2, 4), head, torch.zeros(2, 4), head)
+    found = settings(config, positions)
+    assert {one.temperature for one in found if one.payload != "hidden"} == {2.0}
+    assert {one.payload for one in found} == {"topk", "sampled", "hidden", "dense"}
+
+
 @pytest.mark.slow
 def test_probe_measures_every_payload_of_the_users_models(tmp_path: Path, teacher_dir: Path, text_dir: Path):
     config, out = write_config(tmp_path, teacher_dir, text_dir), tmp_path / "probe.json"
     command = [*KDSCALE, "probe", str(config), "--tokens", "100", "--rate", "5000", "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.returncode == 0, done.stderr
     assert "smallest within 5 degrees: targets.payload=" in done.stdout
     figures = json.loads(out.read_text())

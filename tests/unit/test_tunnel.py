@@ -52,8 +52,8 @@ class Doors:
         self.service = Echo()
         self.exit = Exit("127.0.0.1", 0, self.service.address, self.keys)
 
-    def enter(self, keys: Keys | None = None) -> Entrance:
-        return Entrance(self.exit.address, keys or Keys(self.authority.issue(), TOKEN), 1.0)
+    def enter(self, keys: Keys | None = None, limit_s: float = 20.0) -> Entrance:
+        return Entrance(self.exit.address, keys or Keys(self.authority.issue(), TOKEN), limit_s)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_keys_of_others_are_refused_by_name(doors: Doors):
     late = Keys(doors.authority.issue(datetime.timedelta(minutes=-1)), TOKEN)
     for keys in (late, Keys(doors.authority.issue(), "u" * 64), Keys(Authority().issue(), TOKEN)):
         with pytest.raises(PlacementError, match=r"does not let this rank in within 1 s: .*another run's or too old"):
-            doors.enter(keys)
+            doors.enter(keys, 1.0)
     assert doors.service.guests == 0
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kdscale.batch import ExampleBatch
-from kdscale.errors import PayloadError
+from kdscale.batch import Batch, ExampleBatch
+from kdscale.errors import PayloadError, StreamError
 from kdscale.spec import TargetSpec
-from kdscale.stream.protocol import Header, Meaning, decode_rows, encode_rows
+from kdscale.stream.protocol import Header, Meaning, decode_request, encode_rows
 from kdscale.stream.recording import row_key
 from kdscale.targets.sampling import uniforms
 from tests.classes import DIGITS, TOPICS, example_batch
@@ -18,15 +18,19 @@ TEXTS = Meaning("teacher", "tokenizer", TOPICS, 32, "sequence-classification", P
 IMAGES = Meaning("teacher", "pixels", DIGITS, 32, "image-classification", 64)
 
 
-def header(meaning: Meaning, batch: ExampleBatch) -> Header:
+def received(batch: ExampleBatch, meaning: Meaning, vocab_size: int) -> Batch:
+    """What a teacher of ``meaning`` makes of a request about ``batch``."""
     asked = Header("request", TargetSpec("dense", encoding="float32"), meaning, batch.inputs.shape[1], batch.number)
-    return Header.opened(asked.opening("token"), "token").of(asked.asking())
+    rows, kind = encode_rows(batch), Header.opened(asked.opening("token"), "token")
+    header, found = decode_request(asked.asking(rows), rows, kind, vocab_size)
+    assert header == asked
+    return found
 
 
 @pytest.mark.parametrize(("family", "meaning"), [("bert", TEXTS), ("vit", IMAGES)])
 def test_examples_arrive_as_they_were_sent(family: str, meaning: Meaning):
     batch = example_batch(family, seed=2)
-    found = decode_rows(encode_rows(batch), header(meaning, batch), meaning.vocab_size)
+    found = received(batch, meaning, meaning.vocab_size)
     assert isinstance(found, ExampleBatch)
     assert found.number == 2
     for ours, theirs in zip(found.planes(), batch.planes(), strict=True):
@@ -52,16 +56,16 @@ def test_what_the_teacher_does_not_know_is_refused(family: str, change: dict, me
     batch = replace(example_batch(family), **change)
     meaning = TEXTS if family == "bert" else IMAGES
     with pytest.raises(PayloadError, match=message):
-        decode_rows(encode_rows(batch), header(meaning, batch), meaning.vocab_size)
+        received(batch, meaning, meaning.vocab_size)
 
 
 def test_images_and_texts_are_not_taken_for_each_other():
     batch = example_batch("bert")
     with pytest.raises(PayloadError, match="24 bytes"):
-        decode_rows(encode_rows(batch), header(IMAGES, batch), DIGITS)
+        received(batch, IMAGES, DIGITS)
     wide = replace(batch, inputs_RL=np.ones((5, 64), np.int32))
     with pytest.raises(PayloadError, match="asked for"):
-        decode_rows(encode_rows(wide), header(IMAGES, wide), DIGITS)
+        received(wide, IMAGES, DIGITS)
 
 
 @pytest.mark.parametrize(
@@ -90,3 +94,14 @@ def test_rows_keep_their_identity_and_draws_wherever_they_stand():
     assert (batch.work, batch.num_tokens_real) == (5, 5), "an image of 64 pixels is one patch"
     text = example_batch("bert")
     assert (text.work, text.num_tokens_real) == (5 * 24, int(text.lengths_R.sum()))
+
+
+def test_a_request_that_was_damaged_on_the_way_is_refused():
+    """Its rows or what it says: another token, or another number, would be another's targets."""
+    batch, spec = example_batch("bert"), TargetSpec("dense", encoding="float32")
+    asked, rows = Header("request", spec, TEXTS, batch.inputs.shape[1], 3), encode_rows(batch)
+    other = encode_rows(replace(batch, inputs_RL=batch.inputs_RL ^ 1))
+    raw = asked.asking(rows)
+    for said, sent in ((raw, other), (raw.replace(b"3", b"4"), rows), (raw[:40], rows), (b"", rows)):
+        with pytest.raises(StreamError, match="does not agree with its checksum"):
+            decode_request(said, sent, asked, TOPICS)

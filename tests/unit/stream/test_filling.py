@@ -43,3 +43,21 @@ def test_rows_of_another_rank_are_found_when_the_teacher_goes_meanwhile(teacher:
         other.fetch(batch(rows=2, seed=1), TOPK)
     for filling in (one, other):
         filling.close()
+
+
+def test_a_row_that_is_held_out_and_trained_on_is_kept_as_both(teacher: Teacher, tmp_path: Path):
+    filling, row = make(Filling, teacher, tmp_path, 0), batch(rows=1)
+    for spec in (HIDDEN, TOPK):
+        filling.fetch(row, spec)
+    filling.flush()
+    assert filling.lacks([(row, HIDDEN), (row, TOPK)]) == 0
+    filling.close()
+
+
+def test_an_answer_that_comes_after_the_end_leaves_no_shard_begun(teacher: Teacher, tmp_path: Path):
+    filling, rows = make(Filling, teacher, tmp_path, 0), batch(rows=3)
+    live = teacher.source()
+    filling.close()
+    filling._live = live
+    assert len(filling.fetch(rows, TOPK)) == rows.num_tokens
+    assert list(tmp_path.glob(".*.partial")) == []

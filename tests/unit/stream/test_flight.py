@@ -1,10 +1,11 @@
 """Real Flight servers over a real tiny teacher, one rank, no Ray."""
 
 import datetime
+import itertools
 import queue
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +17,18 @@ import pyarrow.flight as fl
 import pytest
 import torch
 
-from kdscale.batch import DenseTargets, HiddenTargets, SampledTargets, TokenBatch, TopkTargets
+from kdscale.batch import DenseTargets, HiddenTargets, SampledTargets, SoftTargets, TokenBatch, TopkTargets
 from kdscale.cluster.security import Authority
 from kdscale.config.sections import StreamSection
 from kdscale.config.teachers import ALONE
-from kdscale.errors import CoverageError, IdentityError, StreamError
+from kdscale.errors import CoverageError, IdentityError, PayloadError, StreamError
+from kdscale.head import Head
 from kdscale.spec import TargetSpec
 from kdscale.stream import server
 from kdscale.stream.client import FlightSource, Received
 from kdscale.stream.directory import DirectoryServer, list_endpoints
 from kdscale.stream.prefetch import Prefetcher, check_alignment
-from kdscale.stream.protocol import Access, Endpoint, call, connect, message
+from kdscale.stream.protocol import Access, Endpoint, Header, call, connect, message
 from kdscale.stream.server import TargetServer
 from kdscale.targets.decode import decode
 from kdscale.teacher.model import Score
@@ -189,6 +191,69 @@ def test_another_token_opens_nothing(teacher: Teacher):
         list(client.do_action(fl.Action("stats", b'{"protocol": 1, "token": "a guess"}')))
     with connect(teacher.server.address) as client, pytest.raises(fl.FlightUnauthenticatedError, match="malformed"):
         list(client.do_action(fl.Action("stats", b"\xff")))
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "checksum": lambda said: bytes([said[0] ^ 1]) + said[1:],
+    "json": lambda said: said[:40] + b"\xff" + said[41:],
+    "name": lambda said: said.replace(b'"start"', b'"stort"'),
+    "number": lambda said: said.replace(b'"sequence": 0', b'"sequence": 1'),
+    "digest": lambda said: said.replace(b'"digest"', b'"dijest"'),
+    "nothing": lambda said: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_answer_whose_metadata_are_damaged_is_asked_for_again(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch, damage: str
+):
+    rows, source, sent = batch(), teacher.source(), server._parts
+    whole, sound = source.fetch(rows, TOPK), itertools.count()
+
+    def damaged(header: Header, targets: SoftTargets) -> Iterator[tuple[pa.RecordBatch, bytes]]:
+        first = next(sound) == 0
+        for part, said in sent(header, targets):
+            yield part, DAMAGES[damage](said) if first else said
+
+    monkeypatch.setattr(server, "_parts", damaged)
+    again = source.fetch(rows, TOPK)
+    assert next(sound) == 2, "asked twice"
+    for ours, theirs in zip(again.tensors(), whole.tensors(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_head_that_is_damaged_is_asked_for_again(teacher: Teacher, monkeypatch: pytest.MonkeyPatch):
+    source, encoded, sound = teacher.source(), server.encode_head, itertools.count()
+    whole = source.fetch_head()
+
+    def damaged(head: Head) -> pa.RecordBatch:
+        other = replace(head, weight_VD=head.weight_VD + 1) if next(sound) == 0 else head
+        return encoded(other).replace_schema_metadata(encoded(head).schema.metadata)
+
+    monkeypatch.setattr(server, "encode_head", damaged)
+    assert torch.equal(source.fetch_head().weight_VD, whole.weight_VD)
+    assert next(sound) == 2, "asked twice"
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        (TargetSpec("topk"), "k = 0 names nothing"),
+        (TargetSpec("sampled", k=3, seed=-1), "seed -1 is none"),
+        (TargetSpec("topk", k=3, temperature=float("nan")), "temperature nan softens nothing"),
+    ],
+)
+def test_requests_that_mean_nothing_are_refused_and_it_serves_on(teacher: Teacher, spec: TargetSpec, why: str):
+    """Before a forward could fail of them, which would end the whole group: by the client, and by the endpoint itself."""
+    rows, source = batch(), teacher.source()
+    with pytest.raises(PayloadError, match=why):
+        source.fetch(rows, spec)
+    header = Header("foreign", spec, teacher.meaning, rows.ids_RL.shape[1])
+    with connect(teacher.server.address) as client:
+        _, reader = client.do_exchange(fl.FlightDescriptor.for_command(header.opening(TOKEN)))
+        with pytest.raises(fl.FlightServerError, match=why):
+            reader.read_chunk()
+    assert len(source.fetch(rows, TOPK)) == rows.num_tokens
 
 
 def test_dead_endpoint_is_passed_over(teacher: Teacher):

@@ -24,6 +24,7 @@ from kdscale.stream.recording import (
     save_head,
 )
 from kdscale.stream.whole import is_whole
+from kdscale.targets.layout import VERSION
 from tests.served import Teacher, batch
 
 TOPK = TargetSpec("topk", k=7, temperature=2.0)
@@ -147,6 +148,15 @@ def test_another_meaning_is_refused_with_every_difference(teacher: Teacher, tmp_
         assert "targets.temperature: recorded 2.0, now 1.0" in str(caught.value)
     with pytest.raises(RecordingError, match="is no recording"):
         Recording(tmp_path / "none", asked)
+
+
+def test_a_recording_of_another_layout_is_refused(teacher: Teacher, tmp_path: Path):
+    """Its rows could not be read, and would count as recorded."""
+    record(teacher, tmp_path, batch(rows=ROWS))
+    path = tmp_path / "PROVENANCE.json"
+    path.write_text(path.read_text().replace(f'"layout": {VERSION}', f'"layout": {VERSION - 1}'))
+    with pytest.raises(IdentityError, match=f"layout: recorded {VERSION - 1}, now {VERSION}"):
+        begin(tmp_path, provenance(teacher))
 
 
 def test_rows_that_are_missing_or_damaged_are_named(teacher: Teacher, tmp_path: Path):

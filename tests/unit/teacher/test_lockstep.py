@@ -47,7 +47,7 @@ def play(connect: Callable[[int], LockstepClient], server: LockstepServer) -> No
 
 def test_strangers_before_the_ranks_keep_nobody(caplog: pytest.LogCaptureFixture):
     """One that says nothing, one with another token, one that is no rank."""
-    server = LockstepServer("127.0.0.1", TOKEN, 2, Sequencer(2, 64), greet_s=1.0)
+    server = LockstepServer("127.0.0.1", TOKEN, 2, Sequencer(2, 64), greet_s=3.0)
     silent = socket.create_connection(server.address)
     with pytest.raises(Exception, match="digest sent was rejected"):
         Client(server.address, authkey=b"u" * 64)

@@ -53,3 +53,11 @@ def test_what_it_lacks_is_refused_and_it_serves_on(teacher: Teacher):
         source.fetch(batch(), replace(PLAIN, layers=(3, 1)))
     assert len(source.fetch(batch(), PLAIN)) == batch().num_tokens
     source.close()
+
+
+def test_every_block_of_a_forward_counts_as_progress(teacher: Teacher):
+    """A forward may take longer than a student waits for one that stands still."""
+    source, before = teacher.source(), teacher.scorer.progress()
+    source.fetch(batch(), PLAIN)
+    assert teacher.scorer.progress() == before + 4 + 1
+    source.close()

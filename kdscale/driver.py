@@ -58,12 +58,11 @@ def train(job: Job, resume: str) -> None:
         student = config.student
         restarts = Restarts(student.restarts, student.restart_wait_seconds, student.restart_forget_seconds)
         while True:
-            since = time.monotonic()
             try:
-                facts, report = train_students(job, prepared, identity, checkpoint, slots, teacher)
+                facts, report = train_students(job, prepared, identity, checkpoint, slots, teacher, restarts)
                 break
             except StudentError as fault:
-                back_off(job, fault, restarts, time.monotonic() - since)
+                back_off(job, fault, restarts)
                 # Who named a checkpoint goes on from it again: newer ones may be of another try.
                 checkpoint = find(config, "auto" if resume == "never" else resume)
     job.display.phase("measuring size, speed and memory")
@@ -81,6 +80,7 @@ def train_students(
     checkpoint: Checkpoint | None,
     slots: Slots,
     teacher: Teacher,
+    restarts: Restarts,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """One life of the student ranks, from ``checkpoint`` to the end; returns rank 0's facts and its report.
 
@@ -92,6 +92,7 @@ def train_students(
             meanwhile = partial(look, job, teacher)
             students = start_students(job, prepared, identity, checkpoint, slots, stack, meanwhile, exchange)
             facts = ready(job, teacher, students)
+            restarts.serves()
             students.start("run", teacher.access)
             return facts, watch(job, teacher, students, rollouts)
         except StudentError as fault:
@@ -100,11 +101,11 @@ def train_students(
             raise
 
 
-def back_off(job: Job, fault: StudentError, restarts: Restarts, lived_s: float) -> None:
+def back_off(job: Job, fault: StudentError, restarts: Restarts) -> None:
     """Wait before the student starts again. Raises: StudentError when no restart is left; Stopped."""
     if job.stop.is_set():
         raise Stopped(f"and the student was lost: {fault}")
-    if not restarts.spend(lived_s):
+    if not restarts.spend():
         raise StudentError(f"{fault}; no restart is left (student.restarts = {restarts.allowed})")
     job.display.phase(f"starting the student again from its newest checkpoint ({restarts}) after {restarts.wait_s:g} s")
     if job.stop.wait(restarts.wait_s):

@@ -1,5 +1,7 @@
-"""How often what is lost may start again, and how long it waits before. Pure."""
+"""How often what is lost may start again, and how long it waits before."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _LONGEST_WAIT_S = 60.0
@@ -14,11 +16,21 @@ class Restarts:
     """Before the first restart; doubles with each further one, 60 s at most."""
     forget_s: float
     """A life of more seconds is long enough."""
+    clock: Callable[[], float] = time.monotonic
+    """Seconds."""
     in_a_row: int = 0
     total: int = 0
+    _served_from: float | None = None
 
-    def spend(self, lived_s: float) -> bool:
-        """A life has ended after ``lived_s``; whether another one may follow."""
+    def serves(self) -> None:
+        """What may be lost is of use by now. Starting and loading, however long they take, are no life."""
+        if self._served_from is None:
+            self._served_from = self.clock()
+
+    def spend(self) -> bool:
+        """It is lost; whether another one may follow."""
+        lived_s = 0.0 if self._served_from is None else self.clock() - self._served_from
+        self._served_from = None
         self.in_a_row = 1 if lived_s > self.forget_s else self.in_a_row + 1
         if self.in_a_row > self.allowed:
             return False

@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from typing import Any
 
 import ray
@@ -68,23 +67,22 @@ class RolloutGuard:
 
     def _run(self) -> None:
         while True:
-            began = time.monotonic()
             try:
                 self._live()
                 return
             except KdscaleError as fault:
-                if self._stopping.is_set() or not self._lost(fault, time.monotonic() - began):
+                if self._stopping.is_set() or not self._lost(fault):
                     return
             self._stopping.wait(self._restarts.wait_s)
 
-    def _lost(self, fault: KdscaleError, lived_s: float) -> bool:
+    def _lost(self, fault: KdscaleError) -> bool:
         """Kill what is left; whether ranks are started again."""
         assert self._ranks is not None
         self._ranks.kill()
         if not isinstance(fault, OnPolicyError):
             self._fault = fault
             return False
-        if not self._restarts.spend(lived_s):
+        if not self._restarts.spend():
             self._fault = OnPolicyError(f"{fault}; no restart is left (on_policy.restarts = {self._restarts.allowed})")
             return False
         _LOG.warning("who writes the student's text is lost: %s", fault)
@@ -102,6 +100,7 @@ class RolloutGuard:
         setting = "on_policy.start_seconds"
         ranks.locate(limit_s, setting, self._require_wanted)
         ranks.all("build", self._setup, timeout_s=limit_s, setting=setting, meanwhile=self._require_wanted)
+        self._restarts.serves()
         heartbeats = Heartbeats(ranks)
         writing = {actor.write.remote(): rank for rank, actor in enumerate(ranks.actors)}
         while not self._stopping.wait(_POLL_S):

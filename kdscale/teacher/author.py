@@ -1,7 +1,6 @@
 """A replica that writes text instead of serving targets, through its generations."""
 
 import threading
-import time
 
 from ray.util.placement_group import PlacementGroup
 
@@ -36,7 +35,6 @@ class Author:
         self._restarts = Restarts(teacher.restarts, teacher.restart_wait_seconds, teacher.restart_forget_seconds)
         self._replica: TeacherReplica | None = None
         self._generation = 0
-        self._built_at, self._lived_s = 0.0, 0.0
 
     def write(self, batch: list[Prompt]) -> list[Continuation]:
         """Continuations in the batch's order. Raises: TeacherError when no restart is left."""
@@ -45,12 +43,12 @@ class Author:
         while True:
             try:
                 written = self._built().generate(shares, self._sampling, self._limit_s, self._stop)
-                # A life is as long as it was of use: neither loading nor a batch that comes to nothing counts.
-                self._lived_s = time.monotonic() - self._built_at
+                # Not before: a batch that comes to nothing may take longer than a life that is long enough.
+                self._restarts.serves()
                 return [one for share in written for one in share]
             except TeacherError as fault:
                 self.kill()
-                if self._stop.is_set() or not self._restarts.spend(self._lived_s):
+                if self._stop.is_set() or not self._restarts.spend():
                     raise TeacherError(
                         f"{fault}; no restart is left (teacher.restarts = {self._restarts.allowed})"
                     ) from None
@@ -59,12 +57,10 @@ class Author:
 
     def _built(self) -> TeacherReplica:
         if self._replica is None:
-            self._lived_s = 0.0
             self._replica = TeacherReplica(self._setup, self._group, self._name, self._generation)
             self._generation += 1
             self._replica.begin()
             self._replica.built()
-            self._built_at = time.monotonic()
         return self._replica
 
     def kill(self) -> None:

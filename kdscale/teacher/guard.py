@@ -3,7 +3,6 @@
 import itertools
 import queue
 import threading
-import time
 
 from ray.util.placement_group import PlacementGroup
 
@@ -82,7 +81,6 @@ class ReplicaGuard:
     def _run(self) -> None:
         try:
             for generation in itertools.count():
-                self._serves_since = float("inf")
                 try:
                     self._serve(generation)
                     return
@@ -102,14 +100,15 @@ class ReplicaGuard:
             self._replica = TeacherReplica(self._setup, self._group, self.name, generation, before)
         self._replica.begin()
         self._replica.open(self._registry)
-        self.served, self._serves_since = True, time.monotonic()
+        self.served = True
+        self._restarts.serves()
         if generation > 0:
             self._phases.put(f"{self.name} of the teacher serves again (generation {generation})")
         self._replica.watch(self._stopping)
 
     def _lost(self, fault: KdscaleError) -> bool:
         """Kill what is left of the generation; whether another one follows."""
-        again = isinstance(fault, TeacherError) and self._restarts.spend(time.monotonic() - self._serves_since)
+        again = isinstance(fault, TeacherError) and self._restarts.spend()
         self._registry.withdraw(self.name, rebuilding=again)
         if again:
             _LOG.warning("%s of the teacher is lost: %s", self.name, fault)

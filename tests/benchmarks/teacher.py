@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tests.benchmarks.turns import ROOT, Side, compare, machine, serve
 
 MODEL = "models/SmolLM2-135M-Instruct"
-TOKENS = (512, 1024, 2048, 4096)
+TOKENS = (1024, 4096, 8192)
 COLUMNS, ROUNDS = 256, 7
 
 

@@ -15,7 +15,7 @@ from kdscale.config.anchor import anchored
 from kdscale.config.finetune import load_finetune
 from kdscale.config.load import dump_resolved, quoted
 from kdscale.config.sections import ExportForm, GgufType
-from kdscale.config.served import load_recorded, load_served
+from kdscale.config.served import load_recorded, load_served, run_name
 from kdscale.config.teachers import require_named
 from kdscale.credentials import ACCESS_FILE
 from kdscale.errors import ConfigError, KdscaleError
@@ -102,9 +102,9 @@ def finetune(
 def teacher(
     config: ConfigFile,
     overrides: Overrides = None,
-    write: Annotated[Path, typer.Option(help="where to write the access file (address and token, mode 0600)")] = Path(
-        "runs/teacher.json"
-    ),
+    write: Annotated[
+        Path | None, typer.Option(help="access file to write (token in it, mode 0600; default: runs/teacher.json)")
+    ] = None,
     join: Annotated[
         Path | None,
         typer.Option(help="serve a run in progress instead, as further replicas: its directory, or an access file"),
@@ -118,7 +118,9 @@ def teacher(
     if join is None:
         if only:
             raise ConfigError(f"--only {only[0]} goes with --join: a served directory has all teachers of its config")
-        _drive("serve", load_served(config, overrides, "teacher"), str(write), None)
+        _drive("serve", load_served(config, overrides, "teacher"), str(write or "runs/teacher.json"), None)
+    if write is not None:
+        raise ConfigError(f"--write {write} does not go with --join, which reads the run's access file; remove it")
     access_file = join / ACCESS_FILE if join.is_dir() else join
     if not access_file.is_file():
         raise ConfigError(f"--join {join}: {access_file} does not exist; a run that serves a teacher keeps it there")
@@ -141,7 +143,7 @@ def record(
 ) -> None:
     """Score the training text once and keep the targets, so that students train without a teacher. Ctrl-C stops; the same
     command goes on."""
-    _drive("record", load_recorded(config, overrides, out.name), str(out), teacher_endpoints)
+    _drive("record", load_recorded(config, overrides, run_name(out)), str(out), teacher_endpoints)
 
 
 @app.command(
@@ -155,7 +157,7 @@ def generate(
 ) -> None:
     """Let the teacher write on from the prompts of the training text, for students to learn from. Ctrl-C stops; the same
     command goes on."""
-    _drive("generate", load_served(config, overrides, out.name), str(out), None)
+    _drive("generate", load_served(config, overrides, run_name(out)), str(out), None)
 
 
 @app.command(
@@ -220,6 +222,8 @@ def evaluate(
     if model is not None:
         if not model.is_dir():
             raise ConfigError(f"--model {model} is not a directory")
+        if checkpoint != "auto":
+            raise ConfigError(f"--checkpoint {checkpoint} does not go with --model {model}: name the one to measure")
         changes += ["student.init=model", quoted("student.model", str(model))]
         changes += ["student.layers=null", "student.config=null", "student.freeze=[]", "student.lora=null"]
         checkpoint = "never"

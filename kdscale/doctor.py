@@ -16,7 +16,9 @@ from rich.console import Console
 
 from kdscale.config.schema import RunConfig
 from kdscale.estimate import cores_and_gpus
+from kdscale.storage import is_url
 
+_GPU_LIMIT_S = 30
 _SHM_FLOOR = 256 << 20
 _MEMORY_FLOOR = 4 << 30
 Verdict = Literal["ok", "warn", "fail"]
@@ -47,8 +49,14 @@ def checks(config: RunConfig | None) -> Iterator[Check]:
     yield _at_least("memory", psutil.virtual_memory().available, _MEMORY_FLOOR, "close other programs")
     cores = len(os.sched_getaffinity(0))
     yield Check("ok" if cores > 1 else "warn", "cores", f"{cores} usable" + ("" if cores > 1 else "; two or more help"))
-    gpus = _gpus()
-    yield Check("ok", "GPUs", f"{len(gpus)}: {', '.join(gpus)}" if gpus else "none; runs on CPU")
+    try:
+        gpus = _gpus()
+        yield Check("ok", "GPUs", f"{len(gpus)}: {', '.join(gpus)}" if gpus else "none; runs on CPU")
+    except subprocess.TimeoutExpired:
+        gpus = []
+        yield Check(
+            "fail", "GPUs", f"nvidia-smi took longer than {_GPU_LIMIT_S} s; its driver hangs: restart this machine"
+        )
     yield _token()
     if config is not None:
         yield from _needs(config, cores, len(gpus))
@@ -75,10 +83,11 @@ def _at_least(what: str, free: int, floor: int, way_out: str) -> Check:
 
 
 def _gpus() -> list[str]:
+    """Raises: subprocess.TimeoutExpired where the driver hangs."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(query, capture_output=True, text=True, timeout=_GPU_LIMIT_S, check=False)
     return done.stdout.strip().splitlines() if done.returncode == 0 else []
 
 
@@ -108,11 +117,19 @@ def _needs(config: RunConfig, cores: int, gpus: int) -> Iterator[Check]:
             taken = probe.connect_ex(("127.0.0.1", port)) == 0
         found = f"{port} is taken; set stream.directory_port" if taken else f"{port} is free"
         yield Check("fail" if taken else "ok", "directory port", found)
-    for name, model in [("teacher", config.teacher.model), *_others(config)]:
-        if model.startswith((".", "/")) or Path(model).exists():
-            there = (Path(model) / "config.json").is_file()
-            yield Check("ok" if there else "fail", f"{name}.model", model + ("" if there else " is not there"))
+    models = {"teacher.model": config.teacher.model, "student.model": config.student.model}
+    models |= {f"teachers.others.{name}.model": one.model for name, one in config.teachers.others.items()}
+    for name, model in models.items():
+        if model is not None and _is_path(model):
+            yield _there(name, model, (Path(model) / "config.json").is_file())
+    if (tokenizer := config.alignment.tokenizer) is not None and (_is_path(tokenizer) or tokenizer.endswith(".model")):
+        yield _there("alignment.tokenizer", tokenizer, Path(tokenizer).exists())
 
 
-def _others(config: RunConfig) -> list[tuple[str, str]]:
-    return [(f"teachers.others.{name}", one.model) for name, one in config.teachers.others.items()]
+def _is_path(name: str) -> bool:
+    """Rather than a name of the hub, which has one slash at most, or a URL."""
+    return name.startswith((".", "/")) or (name.count("/") > 1 and not is_url(name)) or Path(name).exists()
+
+
+def _there(name: str, path: str, there: bool) -> Check:
+    return Check("ok" if there else "fail", name, path + ("" if there else " is not there"))

@@ -5,6 +5,8 @@ import os
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -57,14 +59,22 @@ def train(job: Job, resume: str) -> None:
             agree(Path(config.targets.recording), wanted)
         student = config.student
         restarts = Restarts(student.restarts, student.restart_wait_seconds, student.restart_forget_seconds)
+        # Who named a checkpoint goes on from it until this try has one of its own: newer ones may be of another try before.
+        again = "auto" if resume == "never" else resume
+
+        def saved() -> None:
+            nonlocal again
+            again = "auto"
+            # What only trains and is lost, however long it takes, would come to nothing for ever.
+            restarts.serves()
+
         while True:
             try:
-                facts, report = train_students(job, prepared, identity, checkpoint, slots, teacher, restarts)
+                facts, report = train_students(job, prepared, identity, checkpoint, slots, teacher, saved)
                 break
             except StudentError as fault:
                 back_off(job, fault, restarts)
-                # Who named a checkpoint goes on from it again: newer ones may be of another try.
-                checkpoint = find(config, "auto" if resume == "never" else resume)
+                checkpoint = find(config, again)
     job.display.phase("measuring size, speed and memory")
     measured = measure_models(config, prepared.teacher_directory, job.directory / "student", report, facts)
     summary = make_summary(config, prepared, facts, report, measured)
@@ -80,9 +90,10 @@ def train_students(
     checkpoint: Checkpoint | None,
     slots: Slots,
     teacher: Teacher,
-    restarts: Restarts,
+    saved: Callable[[], None],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One life of the student ranks, from ``checkpoint`` to the end; returns rank 0's facts and its report.
+    """One life of the student ranks, from ``checkpoint`` to the end; returns rank 0's facts and its report. ``saved`` is called
+    whenever there is another checkpoint.
 
     Raises: StudentError when they are lost; KdscaleError, Stopped.
     """
@@ -92,9 +103,8 @@ def train_students(
             meanwhile = partial(look, job, teacher)
             students = start_students(job, prepared, identity, checkpoint, slots, stack, meanwhile, exchange)
             facts = ready(job, teacher, students)
-            restarts.serves()
             students.start("run", teacher.access)
-            return facts, watch(job, teacher, students, rollouts)
+            return facts, watch(job, teacher, students, rollouts, saved)
         except StudentError as fault:
             # Said before what is left of the group is killed, which takes its time.
             _LOG.warning("the student is lost: %s", fault)
@@ -132,7 +142,13 @@ def evaluate(job: Job, resume: str) -> None:
     print(json.dumps(report, indent=1))
 
 
-def watch(job: Job, teacher: Teacher, students: StudentGroup, rollouts: RolloutGuard | None = None) -> dict[str, Any]:
+def watch(
+    job: Job,
+    teacher: Teacher,
+    students: StudentGroup,
+    rollouts: RolloutGuard | None = None,
+    saved: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """Show what happens until every student rank has reported; returns rank 0's report.
 
     Raises:
@@ -149,6 +165,8 @@ def watch(job: Job, teacher: Teacher, students: StudentGroup, rollouts: RolloutG
         ended, _ = ray.wait(pending, timeout=POLL_S)
         events = [*teacher.events(), *students.events(), *(rollouts.events() if rollouts is not None else [])]
         show(events, job.display)
+        if any(event["kind"] == "checkpoint" for event in events):
+            saved()
         for call in ended:
             reports[call] = students.result(call)
         if job.stop.is_set() and deadline is None:
@@ -206,6 +224,10 @@ def main(flow: str, config_file: str, argument: str, endpoints: str = "", *only:
         job.display.close()
         print(f"kdscale: {type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except Exception:  # noqa: BLE001 - whatever it is (a full disk, for instance), the process must end, see below
+        job.display.close()
+        traceback.print_exc()
+        return 1
     finally:
         job.display.close()
         supervise.leave()

@@ -13,6 +13,7 @@ from kdscale.config.hardware import cpu_has_bfloat16
 from kdscale.config.schema import RunConfig
 from kdscale.config.sections import Dtype, StudentSection, TeacherSection
 from kdscale.engine.settings import GATHERED_AT_ONCE, student_dtype, topology_of
+from kdscale.errors import ModelError
 from kdscale.stream.whole import needs_no_teacher
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
@@ -55,7 +56,10 @@ class ModelFiles:
 
 
 def read_model(name: str | None) -> ModelFiles:
-    """Facts of a local directory; nothing for hub names and missing directories."""
+    """Facts of a local directory; nothing for hub names and missing directories.
+
+    Raises: ModelError for a file that is no safetensors file.
+    """
     directory = Path(name) if name else None
     if directory is None or not directory.is_dir():
         return ModelFiles()
@@ -65,7 +69,13 @@ def read_model(name: str | None) -> ModelFiles:
     files = sorted(directory.glob("*.safetensors"))
     for file in files:
         with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            size = int.from_bytes(stream.read(8), "little")
+            if 8 + size > file.stat().st_size:
+                raise ModelError(
+                    f"{file} is no safetensors file: its header would end behind its end; it may be a Git-LFS pointer: git lfs"
+                    " pull"
+                )
+            header = json.loads(stream.read(size))
         shapes |= {key: one["shape"] for key, one in header.items() if key != "__metadata__"}
     return ModelFiles(
         parameters=sum(map(math.prod, shapes.values())) if shapes else None,
@@ -98,7 +108,7 @@ def _json(path: Path) -> dict[str, Any]:
 def student_parameters(
     student: StudentSection, teacher: ModelFiles, alignment: AlignmentSection
 ) -> tuple[int | None, int | None]:
-    """(all, trained) parameters of the student. Raises: ModelError for a tokenizer of its own that cannot be read."""
+    """(all, trained) parameters of the student. Raises: ModelError for weights or an own tokenizer that cannot be read."""
     shapes = teacher.shapes if student.init == "teacher_layers" else read_model(student.model).shapes
     if student.init == "teacher_layers" and alignment.tokenizer is not None:
         shapes = _respelled(teacher, alignment.tokenizer)

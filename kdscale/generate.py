@@ -38,6 +38,8 @@ from kdscale.stream.recording import differences
 from kdscale.teacher.author import Author
 
 _POLL_S = 0.25
+_CUT = "\N{REPLACEMENT CHARACTER}"
+"""What a part of a character decodes to."""
 
 
 def generate(job: Job, out: Path) -> None:
@@ -58,7 +60,7 @@ def generate(job: Job, out: Path) -> None:
     tokenizer, corpus = prepared.reader, corpus_of(config, prepared, job.display.count)
     assert isinstance(corpus.train, Split)
     assert not isinstance(tokenizer, Pixels | TokenizerPair)
-    prompts = prompts_of(corpus.train, config.generate, tokenizer.eos_id)
+    prompts = prompts_of(corpus.train, config.generate, tokenizer)
     _require_room(prompts, config, prepared)
     rows = config.generate.batch_rows * config.teacher.ranks
     writing = Writing(out, provenance(config, prepared, corpus), rows, len(prompts))
@@ -214,9 +216,10 @@ class Writing:
 # ---- pure ----
 
 
-def prompts_of(split: Split, section: GenerateSection, eos_id: int | None) -> list[Prompt]:
+def prompts_of(split: Split, section: GenerateSection, tokenizer: Tokenizer) -> list[Prompt]:
     """A prompt for each continuation to write. Raises: DataError when the text has none."""
-    found = list(islice(prompts_in(split, section.prompt_tokens, section.new_tokens, eos_id), section.limit))
+    cut = prompts_in(split, section.prompt_tokens, section.new_tokens, tokenizer.eos_id)
+    found = list(islice(filter(None, (_whole(ids, tokenizer) for ids in cut)), section.limit))
     if not found:
         raise DataError("data.train holds no prompt: no token stands before what is trained on")
     return [
@@ -224,6 +227,19 @@ def prompts_of(split: Split, section: GenerateSection, eos_id: int | None) -> li
         for number, ids in enumerate(found)
         for sample in range(section.samples)
     ]
+
+
+def _whole(ids: tuple[int, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Without the parts of a character that is cut at either end: students would read other tokens in their place."""
+    text = tokenizer.decode(ids)
+    # Where the text itself has that character, it is read as these tokens again.
+    if _CUT not in (text[:1], text[-1:]) or tuple(tokenizer.encode(text)[-len(ids) :]) == ids:
+        return ids
+    while ids and tokenizer.decode(ids).startswith(_CUT):
+        ids = ids[1:]
+    while ids and tokenizer.decode(ids).endswith(_CUT):
+        ids = ids[:-1]
+    return ids
 
 
 def _batches(prompts: list[Prompt], first: int, rows: int) -> Iterator[list[Prompt]]:
@@ -236,6 +252,8 @@ def line(
 ) -> dict[str, Any] | None:
     """A document of prompt and completion as ``kdscale train`` reads it; none when nothing was written."""
     text = tokenizer.decode(written.ids)
+    if written.finish == "length":
+        text = text.rstrip(_CUT)
     places = [place for one in stop if (place := text.find(one)) >= 0]
     if places:
         text = text[: min(places)]

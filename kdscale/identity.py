@@ -65,6 +65,7 @@ _KINDS: dict[str, Kind] = {
     "student.gpus_per_rank": "rounding",
     "student.activation_checkpointing": "rounding",
     "student.start_seconds": "free",
+    "student.collective_seconds": "free",
     "student.placement": "free",
     "student.nodes": "free",
     "student.heartbeat_seconds": "free",

@@ -5,6 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kdscale import log
+
+_LOG = log.get(__name__)
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -61,20 +65,31 @@ class MetricsFile:
         aside = path.with_name(f".{path.name}.partial")
         aside.write_text("".join(f"{line}\n" for line in kept))
         aside.replace(path)
-        self._file = path.open("a", buffering=1)
+        self._path, self._torn = path, False
+        # Unbuffered: what a full disk refuses is not tried again behind the next line.
+        self._file = path.open("ab", buffering=0)
         self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
         """The newest step's."""
 
     def write(self, metrics: StepMetrics) -> None:
+        """A line that cannot be written is missing, and the log says so once: training goes on."""
         self.last = metrics.as_dict()
-        self._file.write(json.dumps(self.last) + "\n")
+        # A line that failed may have left half of itself.
+        line = (("\n" if self._torn else "") + json.dumps(self.last) + "\n").encode()
+        try:
+            whole, fault = self._file.write(line) == len(line), "no space is left"
+        except OSError as error:
+            whole, fault = False, str(error)
+        if not whole and not self._torn:
+            _LOG.warning("%s misses steps from %d on: %s", self._path, metrics.step, fault)
+        self._torn = not whole
 
     def close(self) -> None:
         self._file.close()
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Lines that are JSON objects; a killed run may have left half of one at the end."""
+    """Lines that are JSON objects; a killed run or a full disk may have left half of one."""
     if not path.is_file():
         return []
     whole = []
@@ -82,6 +97,6 @@ def _whole_lines(path: Path) -> list[str]:
         try:
             json.loads(line)
         except ValueError:
-            break
+            continue
         whole.append(line)
     return whole

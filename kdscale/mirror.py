@@ -8,8 +8,10 @@ sign with it. It must be in the run's directory before checkpoints of the mirror
 """
 
 import json
+import shutil
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from kdscale import log
@@ -23,6 +25,17 @@ from kdscale.storage import Store, download
 
 _LOG = log.get(__name__)
 _POLL_S = 0.05
+_SUPERSEDED = f"{MANIFEST}.superseded"
+
+
+@dataclass(frozen=True)
+class Held:
+    """A checkpoint that waits to be copied."""
+
+    name: str
+    files: Path
+    """Where they lie: links of our own, or the checkpoint itself where its disk has no links."""
+    linked: bool
 
 
 class Mirror:
@@ -38,16 +51,19 @@ class Mirror:
         self._superseded_after: int | None = start_step
         self.copied = 0
         self.failures = 0
-        self._waiting: Path | None = None
+        self._waiting: Held | None = None
         self._busy = False
         self._wake = threading.Condition()
         threading.Thread(target=self._run, daemon=True, name="mirror").start()
 
     def offer(self, directory: Path) -> None:
-        """Copy this checkpoint as soon as the one before is copied; returns at once."""
+        """Copy this checkpoint as soon as the one before is copied; returns at once. It may be pruned meanwhile."""
+        held = _hold(directory)
         with self._wake:
-            self._waiting = directory
+            passed_over, self._waiting = self._waiting, held
             self._wake.notify()
+        if passed_over is not None:
+            _let_go(passed_over)
 
     def wait(self, limit_s: float) -> bool:
         """Until all that was offered is copied or has failed; whether it came to that."""
@@ -65,47 +81,81 @@ class Mirror:
             with self._wake:
                 while self._waiting is None:
                     self._wake.wait()
-                directory, self._waiting, self._busy = self._waiting, None, True
+                held, self._waiting, self._busy = self._waiting, None, True
             try:
-                self._copy(directory)
+                self._copy(held)
                 self.copied += 1
             except (StorageError, CheckpointError, OSError) as error:
                 self.failures += 1
-                _LOG.warning("%s was not copied to %s: %s; training goes on", directory.name, self.store.url, error)
+                _LOG.warning("%s was not copied to %s: %s; training goes on", held.name, self.store.url, error)
             finally:
+                _let_go(held)
                 self._busy = False
 
-    def _copy(self, directory: Path) -> None:
+    def _copy(self, held: "Held") -> None:
         if self._superseded_after is not None:
             _supersede(self.store, self._superseded_after)
             self._superseded_after = None
-        for name in [*sorted(files_of(directory) - {MANIFEST}), MANIFEST]:
-            self.store.put(f"{directory.name}/{name}", directory / name)
+        for name in [*sorted(files_of(held.files) - {MANIFEST}), MANIFEST]:
+            self.store.put(f"{held.name}/{name}", held.files / name)
         _prune(self.store, self._keep)
 
 
-def _steps(store: Store) -> dict[int, dict[str, int]]:
-    """Bytes of the files below each step's directory that has a manifest, newest first."""
+def _hold(directory: Path) -> Held:
+    """Other names for the checkpoint's files, so that a store slower than saves are pruned gets whole ones. A killed run's are
+    cleaned away like what it had half written."""
+    links = directory.with_name(f".{directory.name}.mirror.partial")
+    try:
+        shutil.rmtree(links, ignore_errors=True)
+        for name in files_of(directory):
+            (links / name).parent.mkdir(parents=True, exist_ok=True)
+            (links / name).hardlink_to(directory / name)
+    except (OSError, CheckpointError) as error:
+        _LOG.debug("%s is copied from its own files: %s", directory, error)
+        shutil.rmtree(links, ignore_errors=True)
+        return Held(directory.name, directory, linked=False)
+    return Held(directory.name, links, linked=True)
+
+
+def _let_go(held: Held) -> None:
+    if held.linked:
+        shutil.rmtree(held.files, ignore_errors=True)
+
+
+def _by_step(store: Store) -> dict[int, dict[str, int]]:
+    """Bytes of the files below each step's directory, newest first."""
     found: dict[int, dict[str, int]] = {}
     for path, (num_bytes, _) in store.files().items():
         directory, _, name = path.partition("/")
         if (step := step_of(Path(directory))) is not None and name:
             found.setdefault(step, {})[name] = num_bytes
-    return {step: found[step] for step in sorted(found, reverse=True) if MANIFEST in found[step]}
+    return {step: found[step] for step in sorted(found, reverse=True)}
+
+
+def _steps(store: Store) -> dict[int, dict[str, int]]:
+    """``_by_step`` of those that have a manifest."""
+    return {step: files for step, files in _by_step(store).items() if MANIFEST in files}
 
 
 def _supersede(store: Store, after: int = -1) -> None:
     """Checkpoints of steps beyond ``after`` count no more; what was copied stays."""
     for step in _steps(store):
         if step > after:
-            store.rename(f"step-{step}/{MANIFEST}", f"step-{step}/{MANIFEST}.superseded")
+            store.rename(f"step-{step}/{MANIFEST}", f"step-{step}/{_SUPERSEDED}")
 
 
 def _prune(store: Store, keep: int) -> None:
-    for step, files in list(_steps(store).items())[keep:]:
+    whole = _steps(store)
+    for step, files in list(whole.items())[keep:]:
         # The manifest first: half removed it would look like a damaged one.
         names = [MANIFEST, *(name for name in files if name != MANIFEST)]
         store.remove([f"step-{step}/{name}" for name in names])
+    # What copies that failed have left: nobody copies to steps below the newest any more.
+    left = _by_step(store)
+    failed = {step: files for step, files in left.items() if step < max(whole, default=-1)}
+    for step, files in failed.items():
+        if not files.keys() & {MANIFEST, _SUPERSEDED}:
+            store.remove([f"step-{step}/{name}" for name in files])
 
 
 def mirror_of(config: RunConfig) -> str | None:

@@ -23,6 +23,7 @@ from kdscale.engine.described import (
     num_classes,
     require_family,
     require_layers,
+    student_config,
     student_pixels,
     width_of,
 )
@@ -73,6 +74,10 @@ def prepare(config: RunConfig) -> Prepared:
         require_pipeline_family(config.student, directory)
     if config.loss.layers is not None:
         require_layers(config.loss.layers, config.student, directory)
+    reading = {f"teacher ({one})": load_config(one).get_text_config() for one in directories.values()}
+    reading["student"] = student_config(config.student, directory).get_text_config()
+    for name, model in reading.items():
+        _require_positions(config, name, model)
     teachers = {name: Known(str(one.absolute()), _meaning(one, teacher_tokenizer)) for name, one in directories.items()}
     return Prepared(teachers, _reader(config, directory, teacher_tokenizer))
 
@@ -125,11 +130,17 @@ def _require_room(config: RunConfig, models: dict[str, PretrainedConfig], num_id
             raise ModelError(
                 f"the tokenizer has {num_ids} ids, the {name} only {model.vocab_size}; they don't belong together"
             )
-        most = getattr(model, "max_position_embeddings", config.data.row_tokens)
-        if most < config.data.row_tokens:
-            raise ModelError(
-                f"data.row_tokens = {config.data.row_tokens}: the {name} reads texts of {most} tokens at most; lower it"
-            )
+        _require_positions(config, name, model)
+
+
+def _require_positions(config: RunConfig, name: str, model: PretrainedConfig) -> None:
+    """Raises: ModelError for a model that cannot take rows as long as the run's. Some would train on beyond their positions
+    without a word."""
+    most = getattr(model, "max_position_embeddings", None) or config.data.row_tokens
+    if most < config.data.row_tokens:
+        raise ModelError(
+            f"data.row_tokens = {config.data.row_tokens}: the {name} reads texts of {most} tokens at most; lower it"
+        )
 
 
 def _reader(config: RunConfig, directory: Path, teacher: Tokenizer) -> AnyReader:

@@ -76,6 +76,9 @@ def train(config: RunConfig, given: argparse.Namespace) -> int:
 
     prepared = prepare(config)
     access = ServedTeacher(given.teacher_endpoints, config.stream, prepared).access
+    # Before the ranks meet: on one host the text may be in the cache, and take long to read on another.
+    identity = run_identity(config, prepared)
+    identity["corpus"] = corpus_of(config, prepared, lambda done, total, what: None).fingerprint
     if stop.is_set():
         return supervise.INTERRUPTED
     network, limit_s = config.stream.network, config.student.start_seconds
@@ -84,11 +87,10 @@ def train(config: RunConfig, given: argparse.Namespace) -> int:
     if rank == 0:
         address = member.open_store(network, access.keys, address[1])
     gpus = config.student.gpus_per_rank
-    device = member.join(address, network, access.keys, limit_s, limit_s, gpus, given.local_rank)
+    collective_s = config.student.collective_seconds
+    device = member.join(address, network, access.keys, limit_s, collective_s, gpus, given.local_rank)
     directory = Path(config.run.dir) / config.run.name
     resume_from = ""
-    identity = run_identity(config, prepared)
-    identity["corpus"] = corpus_of(config, prepared, lambda done, total, what: None).fingerprint
     if rank == 0:
         checkpoint = find(config, given.resume)
         require_resumable(config, checkpoint, identity)

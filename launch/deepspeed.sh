@@ -23,5 +23,11 @@ case "${1:-}" in
   "") usage >&2; exit 2 ;;
 esac
 
+# Files of this directory, or else of kdscale's.
+arguments=()
+for argument in "$@"; do
+  [[ "$argument" == /* || ! -f "$argument" ]] || argument="$PWD/$argument"
+  arguments+=("$argument")
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec "${KDSCALE_VENV:-.venv}/bin/kdscale" launch "$@"
+exec "${KDSCALE_VENV:-.venv}/bin/kdscale" launch "${arguments[@]}"

@@ -30,14 +30,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${KDSCALE_VENV:-.venv}"
 cpu_index="https://download.pytorch.org/whl/cpu"
 
+# Debian's Python has venv, but ensurepip, by which venv installs pip, is in a package of its own.
 find_python() {
   for candidate in ${KDSCALE_PYTHON:+"$KDSCALE_PYTHON"} python3.12 python3.11 python3; do
-    if "$candidate" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "kdscale needs Python 3.11 or 3.12 with venv; set KDSCALE_PYTHON to one" >&2
+  echo "kdscale needs Python 3.11 or 3.12 with venv and ensurepip (Debian, Ubuntu: python3-venv); set KDSCALE_PYTHON to one" >&2
   exit 1
 }
 
@@ -74,7 +75,8 @@ if [[ "$installed" == "$state" || "$installed" == "${state/gguf /gguf,test }" ]]
   exit 0
 fi
 
-[[ -x "$venv/bin/python" ]] || "$(find_python)" -m venv "$venv"
+# One without pip is what an interrupted or failed venv leaves.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$(find_python)" -m venv "$venv"
 pip=("$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off -c launch/constraints.txt)
 index="$(torch_index)"
 echo "installing torch"

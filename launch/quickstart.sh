@@ -19,15 +19,17 @@ case "${1:-}" in
   --help | -h) usage; exit 0 ;;
 esac
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 config="configs/quickstart.yaml"
 inputs_only=""
 if [[ "${1:-}" == --inputs ]]; then
   inputs_only=yes
 elif [[ $# -gt 0 && "$1" != *=* ]]; then
+  # Of this directory, or else of kdscale's.
   config="$1"
+  [[ "$config" == /* || ! -f "$config" ]] || config="$PWD/$config"
   shift
 fi
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/install.sh
 venv="${KDSCALE_VENV:-.venv}"
 "$venv/bin/python" launch/prepare_quickstart.py

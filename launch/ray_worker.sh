@@ -8,7 +8,7 @@ usage: bash launch/ray_worker.sh HEAD:PORT [--block] | --stop
 
 Joins this node to the head at HEAD:PORT. The head's token must lie in this node's token file (mode 0600) before.
 
-  --block  stay until the node leaves the cluster, or until SIGTERM, which stops it
+  --block  stay until the node leaves the cluster, or until Ctrl-C or SIGTERM, which stop it
   --stop   stop what this script has started on this node
 
 environment:
@@ -42,7 +42,7 @@ if [[ ! -s "$RAY_AUTH_TOKEN_PATH" ]]; then
   exit 1
 fi
 if [[ "${2:-}" == --block ]]; then
-  trap 'stop_node; exit 143' TERM
+  trap 'stop_node; exit 143' TERM INT
   start_node --address "$head" --block &
   echo "this node joins the cluster of $head"
   wait $! || true

@@ -1,5 +1,6 @@
 """Relative paths of a config made absolute: a rank may start in another directory than the command."""
 
+import glob
 from pathlib import Path
 
 from kdscale.config.schema import RunConfig
@@ -20,9 +21,12 @@ def anchored(config: RunConfig, base: Path) -> RunConfig:
 
     def at_base(value: str, *, made: bool = False) -> str:
         path = base / value
-        return (
-            str(path) if made or path.exists() or (not Path(value).is_absolute() and any(base.glob(value))) else value
-        )
+        if made or path.exists():
+            return str(path)
+        # By the rules of ``find_sources``.
+        if not Path(value).is_absolute() and any(glob.iglob(value, root_dir=base, recursive=True)):
+            return str(Path(glob.escape(str(base))) / value)
+        return value
 
     fields = config.model_dump()
     for section, name in _MADE | _FOUND:

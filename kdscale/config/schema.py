@@ -1,9 +1,9 @@
 """A run's configuration and the rules between its settings; nothing is adjusted. ``sections`` has the settings."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdscale.config.alignment import AlignmentSection
 from kdscale.config.on_policy import OnPolicySection
@@ -71,6 +71,25 @@ class RunConfig(Section):
     """What to measure."""
     cluster: ClusterSection = ClusterSection()
     """Where to run."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _mappings(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """What is read of the section must be what DeepSpeed's own files have there."""
+        zero = value.get("zero_optimization", {})
+        parts = {"zero_optimization": zero, "bf16": value.get("bf16", "auto"), "fp16": value.get("fp16", "auto")}
+        if isinstance(zero, dict):
+            offloads = ("offload_optimizer", "offload_param")
+            parts |= {f"zero_optimization.{name}": one for name in offloads if (one := zero.get(name)) is not None}
+        for name, part in parts.items():
+            if not isinstance(part, dict) and not (part == "auto" and name in ("bf16", "fp16")):
+                raise ValueError(f"{name} = {part!r} must be a mapping, as in configs/deepspeed/*.json")
+        return value
+
+    def precision(self, name: Literal["bf16", "fp16"]) -> Any:
+        """Whether the ``deepspeed`` section enables it; ``auto`` where it says nothing."""
+        section = self.deepspeed.get(name, "auto")
+        return "auto" if section == "auto" else section.get("enabled", "auto")
 
     @property
     def zero_stage(self) -> int:
@@ -196,6 +215,15 @@ class RunConfig(Section):
                     f" (teacher.heartbeat_seconds = {teacher.heartbeat_seconds:g} and {_NOTICE_S:g} s more); raise it, or"
                     " set teacher.restarts: 0"
                 )
+        longest = {"checkpoint.write_seconds": self.checkpoint.write_seconds}
+        if self.targets.source in ("live", "live+record"):
+            longest["teacher.load_seconds"] = max(one.load_seconds for one in self.named_teachers.values())
+        for name, limit_s in longest.items():
+            if self.student.collective_seconds < limit_s:
+                raise ValueError(
+                    f"student.collective_seconds = {self.student.collective_seconds:g}: ranks would give each other up before"
+                    f" {name} = {limit_s:g} is over, for which one of them may wait; raise it"
+                )
         return self
 
     @model_validator(mode="after")
@@ -308,7 +336,7 @@ class RunConfig(Section):
         what, way_out = f"student.parallel.pipeline = {stages}", "use configs/deepspeed/zero1.json"
         if zero_stage > 1:
             raise ValueError(f"{what} needs ZeRO stage 0 or 1, the deepspeed section sets {zero_stage}; {way_out}")
-        bf16 = self.deepspeed.get("bf16", {}).get("enabled", "auto")
+        bf16 = self.precision("bf16")
         dtype = self.student.dtype
         if zero_stage == 0 and dtype != "float32" and not (dtype == "auto" and bf16 is False):
             raise ValueError(

@@ -35,7 +35,17 @@ def _network(value: str) -> str:
     return value
 
 
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} must be a regular expression: {error}") from None
+    return value
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 SafeName = Annotated[str, AfterValidator(_safe_name)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
 Network = Annotated[str, AfterValidator(_network)]
 
 
@@ -137,9 +147,9 @@ class LoraSection(Section):
     """What is added is scaled by ``alpha / rank``."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Share of a layer's inputs that its adapter does not see in a step, drawn anew for each."""
-    targets: list[str] = Field(["_proj$"], min_length=1)
+    targets: list[Pattern] = Field(["_proj$"], min_length=1)
     """Regular expressions; linear layers whose name one of them finds get an adapter. The head cannot."""
-    whole: list[str] = Field([])
+    whole: list[Pattern] = Field([])
     """Regular expressions; parameters of the base that are trained whole beside the adapters (embedding, head, norms)."""
 
 
@@ -152,7 +162,7 @@ class StudentSection(Section):
     """With ``model``: directory or hub name."""
     config: dict[str, Any] | None = None
     """With ``config``: a transformers config as a mapping (``model_type`` and its fields)."""
-    freeze: list[str] = Field([])
+    freeze: list[Pattern] = Field([])
     """Regular expressions; parameters whose name one of them finds are not trained."""
     lora: LoraSection | None = None
     """Train low-rank adapters on the layers instead of their weights; the export has them merged. ``freeze`` counts after."""
@@ -172,6 +182,9 @@ class StudentSection(Section):
     start_seconds: float = Field(600, gt=0)
     """Limit until the student's ranks are processes, again until they have formed their group, and again until they are
     built."""
+    collective_seconds: float = Field(1800, gt=0)
+    """How long ranks may wait for one of them, which is then lost: it may be exporting, or waiting for a teacher that is being
+    rebuilt."""
     heartbeat_seconds: float = Field(20, ge=1)
     """A rank that leaves a heartbeat unanswered for this long is lost (stopped, or its node is gone); a dead one is noticed
     at once."""
@@ -181,7 +194,8 @@ class StudentSection(Section):
     restart_wait_seconds: float = Field(1, gt=0)
     """Like ``teacher.restart_wait_seconds``."""
     restart_forget_seconds: float = Field(600, gt=0)
-    """Like ``teacher.restart_forget_seconds``, for a student that has lived so long."""
+    """Like ``teacher.restart_forget_seconds``, for a student that has lived so long since its first checkpoint: one that never
+    comes to a checkpoint is not started again for ever."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
 
@@ -252,7 +266,7 @@ class TrainSection(Section):
     """Learning rate of the last step, as a share of ``lr``."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's betas."""
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 does not clip."""

@@ -1,5 +1,8 @@
 """What flows without a student lay over a config: a teacher that is served, joins a run, is recorded, or writes."""
 
+import hashlib
+import os
+import re
 from pathlib import Path
 
 from kdscale.config.load import load_config, quoted
@@ -8,6 +11,13 @@ from kdscale.errors import ConfigError
 
 _ASKED = ["targets.source=live", "targets.recording=null"]
 """Wherever a student's targets come from, here the teacher is asked."""
+
+
+def run_name(out: Path) -> str:
+    """What the run that writes ``out`` is called: a lock lies under its name, so that no other path may have the same."""
+    whole = out.resolve()
+    digest = hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]
+    return f"{re.sub('[^A-Za-z0-9._-]', '-', whole.name)[:100]}-{digest}"
 
 
 def load_served(path: str | Path, overrides: list[str] | None, name: str) -> RunConfig:

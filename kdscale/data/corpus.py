@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,6 +24,7 @@ _VERSION = 2
 _SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("trained", pa.list_(pa.bool_()))])
 _ROUTED = _SCHEMA.append(pa.field("route", pa.int8()))
 _BATCH = 256
+_LEFTOVER_S = 86400.0
 Progress = Callable[[int, int | None, str], None]
 """(done, total or None, what)."""
 Part = TypeVar("Part")
@@ -98,8 +101,9 @@ def build_corpus(
 def cached(directory: Path, write: Callable[[Path], None]) -> Path:
     """``directory`` as ``write`` has filled it, now or before; ``corpus.json`` is what says that it is whole."""
     if not (directory / "corpus.json").is_file():
-        staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove_leftovers(directory.parent)
+        # Processes of two containers may have one id.
+        staging = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
         staging.mkdir(parents=True)
         try:
             write(staging)
@@ -113,6 +117,15 @@ def cached(directory: Path, write: Callable[[Path], None]) -> Path:
     return directory
 
 
+def _remove_leftovers(cache: Path) -> None:
+    """What processes left that were killed: nothing in it was written to for a day."""
+    for partial in cache.glob(f".{'[0-9a-f]' * 32}.*.partial"):
+        # Another process may be removing it, or renaming it into place.
+        with suppress(OSError):
+            if time.time() - max(path.stat().st_mtime for path in (partial, *partial.iterdir())) > _LEFTOVER_S:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
 def _fingerprint(data: DataSection, tokenizer: Tokenizer, progress: Progress, routing: Routing | None) -> str:
     settings = data.model_dump(include={"loss_on", "append_eos", "heldout_every"})
     opening = tokenizer.encode("")
@@ -123,16 +136,44 @@ def _fingerprint(data: DataSection, tokenizer: Tokenizer, progress: Progress, ro
 
 
 def fingerprint_of(read_by: list[Any], data: DataSection, progress: Progress) -> str:
-    """Identity of what ``data`` names, together with how it is read (plain values)."""
+    """Identity of what ``data`` names, together with how it is read (plain values).
+
+    Raises: DataError: something is missing, or both trained on and held out.
+    """
     digest = hashlib.sha256()
     digest.update(json.dumps(read_by).encode())
-    for part in (data.train, data.heldout):
+    named: list[list[tuple[str, str]]] = [[], []]
+    for part, found in zip((data.train, data.heldout), named, strict=True):
         sources = find_sources(part)
         for done, source in enumerate(sources, start=1):
-            digest.update(source_digest(source).encode())
+            content = source_digest(source)
+            digest.update(content.encode())
+            found.append((content, source.name))
             progress(done, len(sources), "reading text")
         digest.update(b"|")
+    _require_apart(data, *named)
     return digest.hexdigest()
+
+
+def _require_apart(data: DataSection, train: list[tuple[str, str]], heldout: list[tuple[str, str]]) -> None:
+    """By (digest, name) of each source. Raises: DataError when what is held out is trained on, too."""
+    # Who names the same for both means to measure on it, as ``compare.text_rows`` does.
+    if data.train == data.heldout:
+        return
+    seen: dict[str, str] = {}
+    for digest, name in train:
+        if digest in seen and not data.heldout:
+            raise DataError(
+                f"data.train: {name} has the content of {seen[digest]}, and data.heldout_every = {data.heldout_every} holds out"
+                " documents of the one that are trained on in the other; name it once, or name files in data.heldout"
+            )
+        seen[digest] = name
+    for digest, name in heldout:
+        if digest in seen:
+            raise DataError(
+                f"data.heldout: {name} has the content of {seen[digest]} in data.train, so that it is trained on, too; name"
+                " train files that leave it out"
+            )
 
 
 def _write(

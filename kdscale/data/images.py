@@ -139,14 +139,14 @@ def _decode(raw: bytes, mode: str | None, place: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(raw)) as opened:
             return np.asarray(opened.convert(mode))
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
         raise DataError(f"{place}: the image cannot be decoded: {error}") from error
 
 
 def _array(image: Any, place: str) -> np.ndarray:
     try:
         pixels = np.asarray(image, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{place}: image is neither encoded bytes nor rows of numbers: {error}") from error
     if pixels.ndim not in (2, 3):
         raise DataError(

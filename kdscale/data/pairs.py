@@ -268,6 +268,11 @@ def _write(data: DataSection, pair: TokenizerPair, directory: Path, progress: Pr
         raise DataError(
             f"{', '.join(data.train)}: no stretch of text that both tokenizers end at; are they of the same script?"
         )
+    if not writers["heldout"].num_spans and (data.heldout or done >= data.heldout_every):
+        held = f"{', '.join(data.heldout)} (data.heldout)" if data.heldout else "what data.heldout_every holds out"
+        raise DataError(
+            f"no held-out text: {held} has no stretch of text that both tokenizers end at; name other files in data.heldout"
+        )
     if not writers["heldout"].num_spans:
         raise DataError(
             f"no held-out text: {done} documents are fewer than data.heldout_every = {data.heldout_every}; lower it or name"

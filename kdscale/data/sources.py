@@ -16,6 +16,13 @@ from kdscale.errors import DataError
 Row = tuple[Any, str]
 """What a line or row holds, and its place: ``file:line`` or ``file row N``."""
 _FIELDS = "text, prompt + completion, or messages"
+_REFUSED = {
+    **dict.fromkeys((".gz", ".zst", ".zip", ".xz", ".bz2"), "unpack it"),
+    **dict.fromkeys(
+        (".json", ".csv", ".tsv"), "write its rows as .jsonl or .parquet, or name it .txt where it is one plain text"
+    ),
+}
+"""What would be read as one plain text, markup and all, and the way out."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +51,19 @@ class Source:
 
 
 def find_sources(patterns: list[str]) -> list[Source]:
-    """What the patterns stand for, globs sorted. Raises: DataError for a pattern that finds nothing."""
+    """What the patterns stand for, globs sorted. Raises: DataError: one finds nothing, or a kind of file that is not read."""
     found: list[Source] = []
     for pattern in patterns:
-        if any(sign in pattern for sign in "*?["):
+        # Names may have a glob's signs in them.
+        if Path(pattern).is_dir():
+            found.append(Source("directory", pattern))
+        elif Path(pattern).is_file():
+            found.append(_file(pattern))
+        elif any(sign in pattern for sign in "*?["):
             matches = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
             if not matches:
                 raise DataError(f"{pattern} matches no file")
             found += [_file(match) for match in matches]
-        elif Path(pattern).is_dir():
-            found.append(Source("directory", pattern))
-        elif Path(pattern).is_file():
-            found.append(_file(pattern))
         elif _looks_like_hub(pattern):
             found.append(Source("hub", pattern))
         else:
@@ -71,25 +79,30 @@ def _looks_like_hub(name: str) -> bool:
 
 
 def _file(name: str) -> Source:
-    match Path(name).suffix:
+    match Path(name).suffix.lower():
         case ".jsonl" | ".ndjson":
             return Source("jsonl", name)
         case ".parquet":
             return Source("parquet", name)
         case ".arrow":
             return Source("arrow", name)
+        case suffix if suffix in _REFUSED:
+            raise DataError(f"{name}: {suffix} files are not read (data.train, data.heldout); {_REFUSED[suffix]}")
         case _:
             return Source("text", name)
 
 
 def source_digest(source: Source) -> str:
-    """Identity of a source's content: of the bytes for files, of the dataset's own fingerprint otherwise."""
+    """Identity of a source's content: of the bytes for files, of the dataset's own fingerprint otherwise. Raises: DataError."""
     match source.kind:
         case "directory" | "hub":
             return str(_dataset(source)._fingerprint)
         case _:
-            with open(source.name, "rb") as file:
-                return f"{source.kind} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+            try:
+                with open(source.name, "rb") as file:
+                    return f"{source.kind} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+            except OSError as error:
+                raise DataError(f"cannot read {source.name}: {error}") from error
 
 
 def read_documents(source: Source, teacher_column: str | None = None) -> Iterator[Document]:
@@ -107,20 +120,24 @@ def read_documents(source: Source, teacher_column: str | None = None) -> Iterato
 
 def read_rows(source: Source) -> Iterator[Row]:
     """The rows of a source that has any, in order. Raises: DataError naming file and line."""
-    match source.kind:
-        case "jsonl":
-            yield from _read_jsonl(source.name)
-        case "parquet":
-            yield from _read_parquet(source.name)
-        case "arrow":
-            yield from _read_arrow(source.name)
-        case "directory" | "hub":
-            for number, row in enumerate(_undecoded(_dataset(source))):
-                yield row, f"{source.name} row {number}"
-        case "text":
-            raise DataError(
-                f"{source.name} has no rows; examples come from jsonl, parquet, Arrow or dataset directories"
-            )
+    try:
+        match source.kind:
+            case "jsonl":
+                yield from _read_jsonl(source.name)
+            case "parquet":
+                yield from _read_parquet(source.name)
+            case "arrow":
+                yield from _read_arrow(source.name)
+            case "directory" | "hub":
+                for number, row in enumerate(_undecoded(_dataset(source))):
+                    yield row, f"{source.name} row {number}"
+            case "text":
+                raise DataError(
+                    f"{source.name} has no rows; examples come from jsonl, parquet, Arrow or dataset directories"
+                )
+    # Arrow, too, takes whatever bytes were written as a string, until it becomes one of Python's.
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source.name} is not UTF-8 text: {error}") from error
 
 
 def _read_text(name: str) -> str:
@@ -145,8 +162,6 @@ def _read_jsonl(name: str) -> Iterator[Row]:
                 except ValueError as error:
                     raise DataError(f"{name}:{number}: broken JSON: {error}") from error
                 yield row, f"{name}:{number}"
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text: {error}") from error
     except OSError as error:
         raise DataError(f"cannot read {name}: {error}") from error
     if empty:
@@ -223,6 +238,8 @@ def _document(row: Any, place: str) -> Document:
             raise DataError(f"{place}: messages must be a list of objects with role and content")
         if not messages:
             raise DataError(f"{place}: messages is empty")
+        # A template may write whatever stands in them; parquet's may hold what JSON cannot.
+        _require_characters(json.dumps(messages, ensure_ascii=False, default=str), "messages", place)
         return Document("messages", place, messages=messages)
     if row.get("prompt") is not None and row.get("completion") is not None:
         answer, prompt = text_of(row, "completion", place), text_of(row, "prompt", place)
@@ -233,13 +250,25 @@ def _document(row: Any, place: str) -> Document:
 
 
 def text_of(row: dict[str, Any], name: str, place: str) -> str:
-    """The text in field ``name``. Raises: DataError when it is none, or empty where it may not be."""
+    """The text in field ``name``. Raises: DataError when it is none, or empty where it may not be, or no characters."""
     value = row[name]
     if not isinstance(value, str):
         raise DataError(f"{place}: {name} is a {type(value).__name__}, it must be text")
     if not value.strip() and name != "prompt":
         raise DataError(f"{place}: {name} is empty")
+    _require_characters(value, name, place)
     return value
+
+
+def _require_characters(text: str, name: str, place: str) -> None:
+    """Raises: DataError for a lone surrogate, which JSON can escape and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: {name} has {text[error.start]!r}, half of a surrogate pair, which is no character; write the pair, or"
+            " leave it out"
+        ) from error
 
 
 def _ends(row: dict[str, Any], place: str) -> bool:

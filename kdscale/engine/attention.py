@@ -64,18 +64,19 @@ class _Tile:
 
 
 _PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""positions -> window -> tiles: all layers share them."""
+"""positions -> kind -> tiles: all layers share them."""
 
 
-def _plan(positions_RL: torch.Tensor, window: int | None, dtype: torch.dtype) -> list[_Tile]:
-    plans = _PLANS.setdefault(positions_RL, {})
-    if (window, dtype) not in plans:
-        plans[window, dtype] = [
+def _plan(positions_RL: torch.Tensor, rows: int, window: int | None, dtype: torch.dtype) -> list[_Tile]:
+    """Tiles of all ``rows``; positions of one row stand for all, as transformers makes them where it is given none."""
+    plans, kind = _PLANS.setdefault(positions_RL, {}), (rows, window, dtype)
+    if kind not in plans:
+        plans[kind] = [
             tile
-            for row, positions_L in enumerate(positions_RL.numpy())
+            for row, positions_L in enumerate(np.broadcast_to(positions_RL.numpy(), (rows, positions_RL.shape[1])))
             for tile in _tiles(row, positions_L, window, dtype)
         ]
-    return plans[window, dtype]
+    return plans[kind]
 
 
 def _tiles(row: int, positions_L: np.ndarray, window: int | None, dtype: torch.dtype) -> list[_Tile]:
@@ -158,7 +159,7 @@ def _attend(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in place of its own attention."""
-    tiles = _plan(position_ids, sliding_window, query.dtype)
+    tiles = _plan(position_ids, query.shape[0], sliding_window, query.dtype)
     return _Attention.apply(query, key, value, tiles, scaling), None
 
 

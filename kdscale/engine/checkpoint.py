@@ -40,14 +40,16 @@ class Checkpoint:
     """By the run's key; else that key was not there to check with."""
 
 
-def verify(directory: Path) -> Checkpoint:
+def verify(directory: Path, share: tuple[int, int] = (0, 1)) -> Checkpoint:
     """Check the manifest and hash every file; the signature too where the run's key lies beside ``directory``'s parent.
+
+    ``share``: (this rank, ranks) of a group whose ranks hash a part each.
 
     Raises:
         CheckpointError: naming what is wrong.
     """
     try:
-        found = manifest.verify(directory, key_of(directory.absolute().parent.parent))
+        found = manifest.verify(directory, key_of(directory.absolute().parent.parent), share)
     except OSError as error:
         raise CheckpointError(f"{directory}: the key of its run cannot be read: {error}") from error
     content = found.content

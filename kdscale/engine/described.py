@@ -153,7 +153,7 @@ def require_layers(layers: LayersSection, student: StudentSection, teacher_direc
         ModelError: a student's config that is not usable.
     """
     teacher = load_config(teacher_directory)
-    configs = {"student": _student_config(student, teacher_directory), "teacher": teacher}
+    configs = {"student": student_config(student, teacher_directory), "teacher": teacher}
     depths = {name: num_layers(config) for name, config in configs.items()}
     for pair in layers.pairs.items():
         for (name, depth), layer in zip(depths.items(), pair, strict=True):
@@ -170,7 +170,8 @@ def require_layers(layers: LayersSection, student: StudentSection, teacher_direc
         )
 
 
-def _student_config(student: StudentSection, teacher_directory: Path) -> PretrainedConfig:
+def student_config(student: StudentSection, teacher_directory: Path) -> PretrainedConfig:
+    """What a student that is a language model will be, before any weight is read. Raises: ModelError."""
     match student.init:
         case "teacher_layers":
             assert student.layers is not None

@@ -114,6 +114,8 @@ def model_digest(directory: Path) -> str:
     """Identity of a model directory: its config and what its safetensors headers say of names, shapes and places.
 
     Reading all weights would take minutes for a large teacher; names, shapes and samples stand for them.
+
+    Raises: ModelError for a file that is no safetensors file.
     """
     digest = hashlib.sha256()
     config = json.loads((directory / "config.json").read_text())
@@ -123,6 +125,11 @@ def model_digest(directory: Path) -> str:
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
+            if 8 + size > path.stat().st_size:
+                raise ModelError(
+                    f"{path} is no safetensors file: its header would end behind its end; it may be a Git-LFS pointer: git lfs"
+                    " pull"
+                )
             digest.update(path.name.encode() + file.read(min(size, 100 << 20)))
             # A fine-tuned model has the same header: a sample of the weights tells them apart.
             for place in range(8):

@@ -47,9 +47,20 @@ def restore(engine: Engine, partition: Partition, checkpoint: Checkpoint, rank: 
     path, _ = engine.load_checkpoint(str(checkpoint.directory), tag=SHARDS, load_module_strict=False)
     if path is None:
         raise CheckpointError(f"DeepSpeed found nothing to load in {checkpoint.directory / SHARDS}")
+    _take_settings(engine)
     partition.forget_digests()
     set_random_state(checkpoint.directory / state_file(rank))
     return "exact"
+
+
+def _take_settings(engine: Engine) -> None:
+    """Settings of this run in place of those that DeepSpeed has restored with the states."""
+    params = engine.optimizer_params() or {}
+    given = {name: params[name] for name in ("betas", "weight_decay") if name in params}
+    for group in engine.optimizer.param_groups:
+        group.update(given)
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = engine.gradient_clipping()
 
 
 def _convert(engine: Engine, partition: Partition, shards: Shards, checkpoint: Checkpoint) -> None:

@@ -19,7 +19,7 @@ def topology_of(parallel: ParallelSection) -> Topology:
 
 def student_dtype(config: RunConfig) -> Dtype:
     """``student.dtype``, or what the ``deepspeed`` section says of bf16 where that is ``auto``."""
-    bf16 = config.deepspeed.get("bf16", {}).get("enabled", "auto")
+    bf16 = config.precision("bf16")
     if config.student.dtype != "auto" or bf16 == "auto":
         return config.student.dtype
     return "bfloat16" if bf16 else "float32"
@@ -70,13 +70,15 @@ def student_settings(config: RunConfig, dtype: str) -> dict[str, Any]:
     }
     for key, value in derived.items():
         given = config.deepspeed.get(key, value)
-        if given not in (value, "auto"):
+        if given not in (value, "auto", {"enabled": "auto"}):
             raise ConfigError(
                 f"deepspeed.{key} = {given!r} contradicts {where[key]}, from which kdscale derives {value!r};"
                 f" remove deepspeed.{key} or change {where[key]}"
             )
-    for key in ("scheduler", "fp16"):
-        if config.deepspeed.get(key):
+    unsupported = {"scheduler": bool(config.deepspeed.get("scheduler"))}
+    unsupported["fp16"] = config.precision("fp16") not in (False, None, "auto")
+    for key, given in unsupported.items():
+        if given:
             way_out = "train.schedule" if key == "scheduler" else "student.dtype: bfloat16"
             raise ConfigError(f"deepspeed.{key} is not supported; use {way_out}")
     for key in ("offload_optimizer", "offload_param"):

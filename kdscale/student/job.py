@@ -98,7 +98,8 @@ class StudentJob:
         self._keeping: Keeping | None = None
         self._own_text: OwnText | None = None
         if setup.resume_from is not None:
-            found = checkpoints.verify(Path(setup.resume_from))
+            # All of it was hashed before ranks were started: each rank sees to what it reads on its own node.
+            found = checkpoints.verify(Path(setup.resume_from), (rank, self._topology.world))
             way, self._notes = go_on_from(
                 found, setup, self._student, self._dtype_name, device, rank, self._topology.world
             )
@@ -212,17 +213,22 @@ class StudentJob:
         if self._metrics is not None:
             report["layer_loss"] = self._metrics.last.get("layer_loss")
         self._phase("exporting")
-        report["export_max_logit_difference"] = export(
-            self._student,
-            loader.batch(0, slice(0, 1)),
-            self._directory / "student",
-            save_reader,
-            config,
-            self._topology,
-            self._rank,
-            dtype=self._dtype,
-            parameters=self._parameters,
-        )
+        try:
+            report["export_max_logit_difference"] = export(
+                self._student,
+                loader.batch(0, slice(0, 1)),
+                self._directory / "student",
+                save_reader,
+                config,
+                self._topology,
+                self._rank,
+                dtype=self._dtype,
+                parameters=self._parameters,
+            )
+        except Exception:
+            # The last checkpoint is being written beside: what it took to train is not lost with an export.
+            saving.settle(config.checkpoint.write_seconds)
+            raise
         report["teacher_stats"] = source.teacher_stats()
         report["received"] = {payload: received.as_dict() for payload, received in source.received.items()}
         source.close()

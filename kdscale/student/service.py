@@ -53,7 +53,7 @@ class StudentGroup:
 
         network = self._setup.config.stream.network
         gpus = self._student.gpus_per_rank
-        form_group(self._ranks, network, self._keys, limit_s, _STARTING, limit_s, gpus, listen)
+        form_group(self._ranks, network, self._keys, limit_s, _STARTING, self._student.collective_seconds, gpus, listen)
         self._building = [actor.build.remote(self._setup) for actor in self._ranks.actors]
         self._build_deadline = time.monotonic() + limit_s
 

@@ -1,5 +1,7 @@
 """Scripts, images and manifests, as far as they can be checked without the engines that run them."""
 
+import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -34,6 +36,49 @@ def lint(*command: str) -> None:
 def test_scripts_pass_shellcheck():
     assert len(SCRIPTS) > 10
     lint("shellcheck", "--external-sources", *SCRIPTS)
+
+
+def program(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def started(script: str, *arguments: str, cwd: Path, **changed: str) -> "subprocess.CompletedProcess[str]":
+    command, env = ["bash", str(ROOT / script), *arguments], os.environ | changed
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("script", "command", "given"),
+    [
+        ("launch/quickstart.sh", "train", ["mine.yaml", "train.steps=2"]),
+        ("launch/deepspeed.sh", "launch", ["mine.yaml", "--teacher-endpoints", "access.json"]),
+    ],
+)
+def test_files_of_the_caller_s_directory_are_found(tmp_path: Path, script: str, command: str, given: list[str]):
+    venv, here = tmp_path / "venv", tmp_path / "here"
+    program(venv / "bin/python", "exit 0")
+    program(venv / "bin/kdscale", 'echo "$@"')
+    content = b"".join((ROOT / one).read_bytes() for one in ("pyproject.toml", "launch/constraints.txt"))
+    (venv / ".kdscale-installed").write_text(f"gguf {hashlib.sha256(content).hexdigest()}  -\n")
+    here.mkdir()
+    files = {one: str(here / one) for one in ("mine.yaml", "access.json")}
+    for path in files.values():
+        Path(path).touch()
+    done = started(script, *given, cwd=here, KDSCALE_VENV=str(venv))
+    assert done.stdout.split() == [command, *(files.get(one, one) for one in given)], done.stderr
+    done = started(script, "configs/quickstart.yaml", cwd=here, KDSCALE_VENV=str(venv))
+    assert done.stdout.split() == [command, "configs/quickstart.yaml"], "or kdscale's own"
+
+
+def test_an_environment_without_pip_is_made_again(tmp_path: Path):
+    program(tmp_path / "venv/bin/python", "exit 1")
+    python = program(tmp_path / "python", f'[[ "$1" == -c ]] || {{ echo "$@" >{tmp_path}/asked; exit 3; }}')
+    done = started("launch/install.sh", cwd=tmp_path, KDSCALE_VENV=str(tmp_path / "venv"), KDSCALE_PYTHON=str(python))
+    assert done.returncode == 3, done.stderr
+    assert (tmp_path / "asked").read_text() == f"-m venv {tmp_path}/venv\n"
 
 
 def test_dockerfiles_pass_hadolint():

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kdscale.cli import app
+from kdscale.config.served import run_name
 from kdscale.errors import ConfigError, PlacementError
 from kdscale.supervise import only_one
 
@@ -32,8 +33,8 @@ def refusal(*arguments: str) -> BaseException | None:
     ("command", "out", "flow", "name"),
     [
         ("teacher", [], "serve", "teacher"),
-        ("record", ["recordings/2024"], "record", "2024"),
-        ("generate", ["generated/1e3"], "generate", "1e3"),
+        ("record", ["recordings/2024"], "record", run_name(Path("recordings/2024"))),
+        ("generate", ["generated/1e3"], "generate", run_name(Path("generated/1e3"))),
     ],
 )
 @pytest.mark.parametrize("given", [None, "second"])
@@ -60,3 +61,24 @@ def test_what_no_recording_can_hold_is_refused_before_anything_starts(file: Path
     assert isinstance(error, ConfigError), error
     assert "loss.temperature changes during the run" in str(error)
     assert [path.name for path in file.parent.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "--model", "{here}", "--checkpoint", "step-4"], "--checkpoint step-4 does not go with --model"),
+        (["teacher", "--join", "{here}/run.yaml", "--write", "out.json"], "--write out.json does not go with --join"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(file: Path, arguments: list[str], message: str):
+    command, *options = (one.format(here=file.parent) for one in arguments)
+    error = refusal(command, str(file), *options)
+    assert isinstance(error, ConfigError), error
+    assert message in str(error)
+
+
+def test_a_copy_of_the_quickstart_s_config_is_shown_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    copy = tmp_path / "my.yaml"
+    copy.write_text(Path("configs/quickstart.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert refusal("show", "my.yaml") is None

@@ -8,15 +8,18 @@ from typing import Any
 import pytest
 
 from kdscale.config.sections import GenerateSection
+from kdscale.data.tokenizer import load_tokenizer
 from kdscale.errors import DataError, IdentityError
 from kdscale.generate import Writing, line, prompts_of
 from kdscale.spec import Continuation, Prompt
+from tests.conftest import make_tokenizer
 from tests.unit.data.test_prompts import EOS, Documents, plain
 
 
 def prompts(*documents: tuple[list[int], list[bool]], **settings: Any) -> list[Prompt]:
     section = GenerateSection(**{"prompt_tokens": 3, "new_tokens": 2, **settings})
-    return prompts_of(Documents(*documents), section, EOS)  # type: ignore[arg-type]
+    tokenizer: Any = SimpleNamespace(decode=str, eos_id=EOS)
+    return prompts_of(Documents(*documents), section, tokenizer)  # type: ignore[arg-type]
 
 
 def test_samples_and_limit():
@@ -39,6 +42,25 @@ def test_a_line_is_a_document_of_prompt_and_completion():
     assert cut is not None
     assert cut["ends"] is False
     assert line(Prompt((5,), 4), Continuation((8,), "stop"), tokenizer, [], (" 8",)) is None, "nothing is left"
+
+
+def test_parts_of_a_cut_character_are_left_out(tmp_path: Path):
+    tokenizer = load_tokenizer(str(make_tokenizer(tmp_path, every_byte=True)))
+
+    def of(text: str, tokens: int) -> list[str]:
+        """The prompts of ``text``, each of ``tokens``."""
+        section = GenerateSection(prompt_tokens=tokens, new_tokens=1)
+        found = prompts_of(Documents(plain(*tokenizer.encode(text))), section, tokenizer)  # type: ignore[arg-type]
+        return [tokenizer.decode(one.ids) for one in found]
+
+    # A coffee cup is three bytes, each of them a token.
+    assert of("q\u2615z", 3) == ["q"]
+    assert of("qzx\u2615zz", 3) == ["qzx", "z"], "the second would begin with two bytes of the cup"
+    assert of("qzx\ufffd", 6) == ["qzx\ufffd"], "what the text says itself stays"
+    assert of("\u2615zzz", 2) == ["zz"], "of parts alone nothing stays"
+    cup = tuple(tokenizer.encode("z\u2615"))
+    found = [line(Prompt((5,), 0), Continuation(cup[:-1], end), tokenizer, [], ()) for end in ("length", "stop")]
+    assert [one and one["completion"] for one in found] == ["z", "z\ufffd"]
 
 
 def entry(number: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from kdscale.display import Display
@@ -25,6 +26,25 @@ def test_each_step_stands_once_after_a_resume(tmp_path: Path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[3]["loss"] == 9.0
+
+
+def test_a_full_disk_costs_lines_and_no_training(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, 0)
+    metrics.write(replace(STEP, step=1))
+    with path.open("ab") as disk:
+        disk.write(b'{"step": 2, "lo')  # what fitted
+    disk, metrics._file = metrics._file, Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115 - closed below
+    metrics.write(replace(STEP, step=2))
+    metrics.write(replace(STEP, step=3))
+    assert [record.getMessage().count("misses steps from 2 on") for record in caplog.records] == [1]
+    metrics.close()
+    metrics._file = disk
+    metrics.write(replace(STEP, step=4))
+    metrics.close()
+    again = MetricsFile(path, 4)
+    again.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 4]
 
 
 def test_plain_lines_without_a_terminal():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,40 @@ def test_each_run_has_its_own_place():
 def test_what_is_no_url_is_refused_at_load(mirror: str):
     with pytest.raises(ValueError, match="a URL that other processes can open"):
         config(Path("runs"), mirror)
+
+
+def test_a_checkpoint_that_is_pruned_while_it_waits_is_copied_whole(
+    there: RunConfig, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A store slower than saves are pruned."""
+    put, first, go_on = Store.put, threading.Event(), threading.Event()
+
+    def slowly(store: Store, name: str, source: Path) -> None:
+        first.set()
+        assert go_on.wait(WAIT_S)
+        put(store, name, source)
+
+    monkeypatch.setattr(Store, "put", slowly)
+    mirror = Mirror(str(mirror_of(there)), 2, 0)
+    mirror.offer(save(root, 5))
+    assert first.wait(WAIT_S)
+    for step in (10, 15):
+        mirror.offer(save(root, step))
+    for step in (5, 10, 15):
+        shutil.rmtree(root / f"step-{step}")
+    go_on.set()
+    assert mirror.wait(WAIT_S)
+    assert (mirror.copied, mirror.failures) == (2, 0)
+    assert list(root.glob(".step-*")) == [], "its own names of the files are gone too"
+    found = find(there, "auto")
+    assert found is not None
+    assert found.step == 15
+
+
+def test_what_a_failed_copy_left_is_removed_by_a_later_one(there: RunConfig, root: Path, tmp_path: Path):
+    left = tmp_path / "mirror" / "tiny" / "step-5" / "shards" / "a.pt"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half of it")
+    mirrored(there, root, 10)
+    store = Store(f"file://{tmp_path}/mirror/tiny")
+    assert {name.partition("/")[0] for name in store.files()} == {"step-10"}

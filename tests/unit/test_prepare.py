@@ -77,3 +77,18 @@ def test_a_vocabulary_that_transformers_reads_otherwise_is_refused(teacher_dir: 
     )
     with pytest.raises(ModelError, match=r"cannot be exported: .*`kdscale tokenizer train` makes one"):
         prepare(config(teacher_dir, tmp_path / "unigram.model"))
+
+
+@pytest.mark.parametrize("longer", ["teacher", "student"])
+def test_rows_longer_than_a_model_reads_are_refused(teacher_dir: Path, longer: str):
+    """Some models fail at the first long document, others train on beyond their positions without a word."""
+    of_teacher = json.loads((teacher_dir / "config.json").read_text())["max_position_embeddings"]
+    of_student = {"model_type": "llama", "max_position_embeddings": of_teacher - 1}
+    fields = {
+        "data": {"train": ["none"], "row_tokens": of_teacher + (longer == "teacher")},
+        "teacher": {"model": str(teacher_dir)},
+        "student": {"layers": [0]} if longer == "teacher" else {"init": "config", "config": of_student},
+    }
+    most = of_teacher - (longer == "student")
+    with pytest.raises(ModelError, match=rf"row_tokens = .*: the {longer}.* reads texts of {most} tokens at most"):
+        prepare(RunConfig.model_validate(fields))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kdscale.config.load import dump_resolved, load_resolved
-from kdscale.config.served import load_recorded, load_served
+from kdscale.config.served import load_recorded, load_served, run_name
 from kdscale.errors import ConfigError
 
 FILE = """\
@@ -39,6 +39,20 @@ def test_an_override_gives_another_name(file: Path):
     with pytest.raises(ConfigError, match=r"run\.name: 'no name' must match"):
         load_served(file, None, "no name")
     assert load_served(file, ["run.name=second"], "no name").run.name == "second"
+
+
+@pytest.mark.parametrize("out", ["my file.jsonl", ".", "..", "/", "\u00fc" * 80, "x" * 200])
+def test_what_writes_a_path_has_a_name_whatever_the_path(file: Path, out: str):
+    name = run_name(Path(out))
+    assert load_served(file, None, name).run.name == name
+
+
+def test_other_paths_are_written_under_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert run_name(Path("a/out.jsonl")) == run_name(tmp_path / "link" / "out.jsonl")
+    assert run_name(Path("a/out.jsonl")).startswith("out.jsonl-")
+    assert len({run_name(Path(one)) for one in ("a/out.jsonl", "b/out.jsonl", "a/x y", "a/x z", "a/x-z")}) == 5
 
 
 @pytest.mark.parametrize(

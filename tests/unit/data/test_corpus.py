@@ -1,6 +1,9 @@
 """A corpus is found again by all that its tokens follow from, and neither made nor read at many times its size."""
 
 import json
+import os
+import shutil
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from kdscale.config.sections import DataSection
-from kdscale.data.corpus import Corpus, Split, build_corpus
+from kdscale.data.corpus import Corpus, Split, build_corpus, cached, fingerprint_of
 from kdscale.data.tokenizer import load_tokenizer
+from kdscale.errors import DataError
 from tests.conftest import CHAT_TEMPLATE, documents, make_tokenizer
 
 CHAT = [{"role": "user", "content": "Which variable?"}, {"role": "assistant", "content": "The loop variable."}]
@@ -88,3 +93,51 @@ def test_documents_wait_to_be_written_in_a_few_bytes_a_token(tmp_path: Path, tok
     found: list[Corpus[Split]] = []
     peak = peak_bytes(lambda: found.append(build(data, tokenizer_dir)))
     assert peak < 8 * (found[0].train.lengths.sum() + found[0].heldout.lengths.sum())
+
+
+def fingerprint(train: list[Path], heldout: list[Path]) -> str:
+    data = DataSection(train=[*map(str, train)], heldout=[*map(str, heldout)], heldout_every=5)
+    return fingerprint_of([], data, lambda done, total, what: None)
+
+
+def test_what_is_held_out_may_not_be_trained_on(tmp_path: Path):
+    held, other, copy = (tmp_path / name for name in ("held.jsonl", "other.jsonl", "copy.jsonl"))
+    held.write_text('{"text": "A held-out one."}\n')
+    other.write_text('{"text": "Another."}\n')
+    shutil.copy(held, copy)
+    for train in (held, copy, tmp_path / "*.jsonl"):
+        with pytest.raises(
+            DataError, match=r"data\.heldout: .*/held\.jsonl has the content of .*name train files that"
+        ):
+            fingerprint([other, train], [held])
+    with pytest.raises(DataError, match=r"data\.train: .*held\.jsonl has the content of .*copy\.jsonl.*name it once"):
+        fingerprint([copy, other, held], [])
+    assert fingerprint([other, other], [held]), "what is trained on may be trained on twice"
+    assert fingerprint([held], [held]), "and who names the same for both measures on it"
+
+
+def test_a_corpus_is_made_aside_of_others_and_readable_as_any_directory(tmp_path: Path):
+    """What was killed is removed, once nothing has been written to it for a day."""
+    names = [letter * 32 for letter in "abcd"]
+    left = [tmp_path / f".{name}.{name[:8]}.partial" for name in names]
+    old = time.time() - 2 * 86400
+    for directory in left:
+        directory.mkdir()
+        (directory / "train.arrow").touch()
+        os.utime(directory, (old, old))
+    for directory in left[:2]:
+        os.utime(directory / "train.arrow", (old, old))
+    aside: list[Path] = []
+
+    def write(staging: Path) -> None:
+        aside.append(staging)
+        # The other makes the same meanwhile, under the same process id.
+        if len(aside) == 1:
+            cached(tmp_path / names[0], write)
+        (staging / "corpus.json").write_text("{}")
+
+    made = cached(tmp_path / names[0], write)
+    (tmp_path / "plain").mkdir()
+    assert len(set(aside)) == 2
+    assert made.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(tmp_path.iterdir()) == sorted([*left[2:], made, tmp_path / "plain"])

@@ -53,6 +53,7 @@ def test_values_are_normalised_by_channel():
         ([[0, 1, -1], [0, 0, 0]], r"pixels span -1\.\.1"),
         ([[0, 1, 0.5], [0, 0, 0]], r"pixels span 0\.\.1; they must be whole"),
         ([[0, 1], [0, 0, 0]], r"neither encoded bytes nor rows of numbers"),
+        ([[0, 1, 10**400], [0, 0, 0]], r"neither encoded bytes nor rows of numbers"),
         ("a path", r"neither encoded bytes nor rows of numbers"),
         ([1, 2, 3], r"1 dimensions"),
         (b"no image", r"cannot be decoded"),
@@ -61,6 +62,12 @@ def test_values_are_normalised_by_channel():
 def test_what_is_no_image_of_the_teachers_is_refused(image: object, message: str):
     with pytest.raises(DataError, match=r"^file row 7: .*" + message):
         GREY.read(image, "file row 7")
+
+
+def test_an_image_too_large_to_decode_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2)
+    with pytest.raises(DataError, match=r"^file row 7: the image cannot be decoded: .*exceeds limit of 4 pixels"):
+        GREY.read(encoded(np.zeros((2, 3), np.uint8)), "file row 7")
 
 
 def write(directory: Path, config: dict, settings: dict | None) -> Path:

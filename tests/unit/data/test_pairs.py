@@ -137,3 +137,10 @@ def test_what_cannot_be_paired_is_refused(pair: TokenizerPair, text_dir: Path, t
         pieces_of(messages, section(text_dir, tmp_path), pair)
     with pytest.raises(DataError, match=r"no held-out text: 50 documents are fewer than data.heldout_every = 60"):
         build_pairs(section(text_dir, tmp_path, heldout=[], heldout_every=60), pair, lambda *_: None)
+    # The teacher's one token is more of the student's than a row has room for.
+    file = tmp_path / "signs.jsonl"
+    file.write_text(json.dumps({"text": "<|end|>"}) + "\n")
+    with pytest.raises(DataError, match=r"no held-out text: .*signs\.jsonl \(data\.heldout\) has no stretch of text"):
+        build_pairs(
+            section(text_dir, tmp_path, heldout=[str(file)], row_tokens=2, append_eos=False), pair, lambda *_: None
+        )

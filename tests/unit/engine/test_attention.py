@@ -90,3 +90,12 @@ def test_the_plan_follows_the_positions():
     torch.testing.assert_close(whole[:, :20], cut[:, :20], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(whole[:, 20:], cut[:, 20:], atol=1e-3)
     torch.testing.assert_close(cut[:, 20:], base_hidden(model, ids[:, 20:], positions_of([[20]])))
+
+
+def test_rows_without_positions_are_a_document_each():
+    """Then transformers makes one row of positions for all of them."""
+    model = make_model("llama")
+    ids = torch.randint(0, PADDED_VOCAB, (3, 40), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids=ids, use_cache=False).logits
+    attend_by_document(model)
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from kdscale.config.schema import RunConfig
 from kdscale.engine.scale import backward_factor
@@ -57,7 +58,27 @@ def test_dtype_follows_the_deepspeed_file_where_it_is_left_open():
     assert student_dtype(config(bf16={"enabled": True})) == "bfloat16"
     assert student_dtype(config(bf16={"enabled": False})) == "float32"
     assert student_dtype(config(bf16={"enabled": "auto"})) == student_dtype(config()) == "auto"
+    assert student_dtype(config(bf16="auto")) == "auto"
     check_settings(config(bf16={"enabled": True}))
+
+
+def test_what_changes_nothing_is_no_contradiction():
+    for given in ({"bf16": {"enabled": "auto"}}, {"bf16": "auto"}, {"fp16": {"enabled": False}}):
+        assert student_settings(config(**given), "bfloat16")["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "message"),
+    [
+        ({"zero_optimization": 2}, "zero_optimization = 2 must be a mapping"),
+        ({"zero_optimization": None}, "zero_optimization = None must be a mapping"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, "zero_optimization.offload_optimizer = 'cpu' must be"),
+        ({"bf16": True}, "bf16 = True must be a mapping"),
+    ],
+)
+def test_what_is_no_mapping_is_refused(deepspeed: dict, message: str):
+    with pytest.raises(ValidationError, match=message):
+        config(**deepspeed)
 
 
 def test_teacher_is_sharded_only_over_several_ranks():

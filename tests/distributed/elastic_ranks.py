@@ -56,6 +56,9 @@ def leg(case: Case, way: str, number: int, rank: int, world: int, out: Path) -> 
     if number:
         assert run.resume(out / f"leg-{number - 1}") == way, f"{out.name}, leg {number}"
         link(run)
+        # What this run says, not what DeepSpeed has restored.
+        assert {group["weight_decay"] for group in run.student.engine.optimizer.param_groups} == {case.weight_decay}
+        assert getattr(run.student.engine.optimizer, "clip_grad", case.clip) == case.clip, f"{out.name}, leg {number}"
         state = by_parameter(run, rank)
         if rank == 0:
             compare(state, load_file(out / f"state-{number - 1}.safetensors"), case, f"{out.name}, leg {number}")

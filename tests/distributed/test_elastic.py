@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,17 @@ def assert_same_rows(rows: list[list[list[int]]], first: int, case: Case) -> Non
         for stage in range(case.pipeline):
             shares = rows[stage * data : (stage + 1) * data]
             assert [row for share in shares for row in share[number]] == expected
+
+
+@pytest.mark.slow
+def test_settings_that_may_change_hold_where_the_ranks_are_the_same(tmp_path: Path):
+    """DeepSpeed restores those of the run before with the optimizer's states."""
+    changed = {"clip": 0.25, "weight_decay": 0.0}
+    cases = {
+        f"{dtype} {stage}": (Case(stage=stage, dtype=dtype, until=SAVED), Case(stage=stage, dtype=dtype, **changed))
+        for dtype, stage in product(("float32", "bfloat16"), (0, 1, 3))
+    }
+    todo = [(name, number, "exact", asdict(case)) for name, legs in cases.items() for number, case in enumerate(legs)]
+    run_ranks(elastic_ranks.__name__, 1, str(tmp_path), json.dumps(todo), timeout_s=400)
+    for name in cases:
+        assert len(json.loads((tmp_path / name / "leg-1.json").read_text())["steps"]) == Case().steps - SAVED

@@ -20,6 +20,7 @@ from kdscale.engine.shards import Shards
 from kdscale.errors import StreamError
 from kdscale.stream.directory import list_endpoints
 from kdscale.stream.protocol import Access, call, connect
+from tests.failure.runs import ranks_of, wait_for_words
 from tests.runs import (
     KDSCALE,
     PATIENCE_S,
@@ -133,7 +134,14 @@ def test_interrupted_and_killed_runs_go_on(tmp_path: Path, teacher_dir: Path, te
     assert saved is not None
     assert saved.step == steps(directory)[-1] > 11, "the stop itself saved"
 
-    process = start("train", str(config), log=log)
+    # From a named checkpoint; a rank that is lost then costs no more than where it is lost later.
+    process = start("train", str(config), "--resume", str(saved.directory), log=log)
+    later = saved.step // 10 * 10 + 10
+    behind = wait_for_words(f"checkpoints/step-{later} (", process, log, within_s=PATIENCE_S)
+    ranks_of("StudentRank")[0].kill()
+    behind = wait_for_words("going on from step ", process, log, PATIENCE_S, behind)
+    wait_for_words(", every rank from its own shards", process, log, PATIENCE_S, behind)
+    assert int(log.read_text()[behind:].partition(",")[0]) >= later
     wait_for_step(directory, saved.step + 12 + moments.randrange(10), process, log)
     wait_for_checkpoint(directory, saved.step + 1, process, log)
     time.sleep(moments.uniform(0, 0.1))

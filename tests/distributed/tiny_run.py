@@ -66,6 +66,7 @@ class Case:
     """Stop and save after this many steps; 0 goes on to the last."""
     save_at: tuple[int, ...] = (3,)
     clip: float = 1.0
+    weight_decay: float = 0.1
 
     @property
     def name(self) -> str:
@@ -95,7 +96,7 @@ class Case:
                     "batch_rows": ROWS,
                     "micro_rows": self.micro_rows,
                     "lr": 1e-3,
-                    "weight_decay": 0.1,
+                    "weight_decay": self.weight_decay,
                     "warmup_steps": 2,
                     "clip": self.clip,
                 },

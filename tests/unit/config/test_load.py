@@ -47,6 +47,13 @@ def test_resolved_config_round_trips(file: Path, tmp_path: Path):
         ("loss.beta=1", r"loss.beta: 1 must lie strictly between 0 and 1"),
         ("loss.beta=much", r"loss.beta = .much.: input should be a valid number"),
         ("loss.temperature={start: 1, end: 0}", r"loss.temperature: 0 must lie in \[0.05, 100\]"),
+        ("train.betas=[0.9, 1.0]", r"train.betas.1 = 1.0: input should be less than 1"),
+        ("student.freeze=['*embed']", r"'\*embed' must be a regular expression: nothing to repeat"),
+        ("student.collective_seconds=500", r"give each other up before checkpoint.write_seconds = 600 is over"),
+        (
+            "teacher.load_seconds=3000",
+            r"student.collective_seconds = 1800: .* before teacher.load_seconds = 3000 is over.*; raise it",
+        ),
         ("loss.skew={start: 0.1, stop: 0.5}", r"unknown key loss.skew.stop; known: shape, start, end"),
         (
             "loss.divergence=logit_mse",

@@ -18,7 +18,7 @@ from kdscale.data.corpus import Corpus, Progress, Stored, cached, fingerprint_of
 from kdscale.data.loader import Loader, stack
 from kdscale.data.packing import Packing, build_row
 from kdscale.data.sources import Document, find_sources, read_documents
-from kdscale.data.spans import Span, align, cut
+from kdscale.data.spans import align, cut
 from kdscale.data.spelling import Spelling, match, token_ends
 from kdscale.data.tokenizer import Tokenizer
 from kdscale.errors import DataError, ModelError
@@ -237,13 +237,15 @@ def pieces_of(document: Document, data: DataSection, pair: TokenizerPair) -> lis
         read_side(document, data, one, spelling) for one, spelling in zip(tokenizers, pair.spellings, strict=True)
     )
     spans = align(student_ends, teacher_ends)
+    # In order on both sides: a piece's lie together.
+    placed = np.array(spans, np.int64).reshape(-1, 4)
     pieces = []
     for first, past, teacher_first, teacher_past in cut(spans, (len(student.ids), len(teacher.ids)), data.row_tokens):
-        here: list[Span] = [one for one in spans if first <= one[0] and one[1] <= past]
-        shifted = np.array(here, np.int32).reshape(-1, 4) - np.array(
-            [first, first, teacher_first, teacher_first], np.int32
+        here = slice(np.searchsorted(placed[:, 0], first), np.searchsorted(placed[:, 1], past, side="right"))
+        shifted = placed[here] - [first, first, teacher_first, teacher_first]
+        pieces.append(
+            Piece(student.cut(first, past), teacher.cut(teacher_first, teacher_past), shifted.astype(np.int32))
         )
-        pieces.append(Piece(student.cut(first, past), teacher.cut(teacher_first, teacher_past), shifted))
     return pieces
 
 

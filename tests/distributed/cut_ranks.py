@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from kdscale.batch import SoftTargets, TokenBatch
-from kdscale.engine import process
 from kdscale.engine.models import freeze
 from kdscale.losses.divergence import Divergence
 from kdscale.losses.objective import Objective
@@ -21,7 +20,7 @@ from kdscale.student.layout import DataParallelStudent, PipelineStudent
 from kdscale.student.step import MicroBatch
 from kdscale.topology import BatchCut, Topology
 from tests.conftest import PADDED_VOCAB, make_model
-from tests.distributed.launch import join
+from tests.distributed.launch import join, leave
 from tests.targets import topk_of_logits
 
 RATE = 1e3
@@ -101,7 +100,7 @@ def main() -> None:
         found = gradient(case, rank, world)
         if rank == 0:
             np.savez(out / f"{case['name']}.npz", **found)
-    process.leave_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import load_file, save_file
 
-from kdscale.engine import process
 from kdscale.engine.partition import MOMENTS
-from tests.distributed.launch import join
+from tests.distributed.launch import join, leave
 from tests.distributed.tiny_run import Case, TinyRun
 
 
@@ -91,7 +90,7 @@ def main() -> None:
     for chain, number, way, fields in json.loads(sys.argv[5]):
         (out / chain).mkdir(exist_ok=True)
         leg(Case(**fields | {"save_at": ()}), way, number, rank, world, out / chain)
-    process.leave_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ from safetensors.torch import save_file
 
 from kdscale.batch import TokenBatch
 from kdscale.data.loader import Loader
-from kdscale.engine import process
 from kdscale.losses.divergence import Divergence
 from kdscale.losses.objective import Objective
 from kdscale.student.layout import PipelineStudent, whole_head
 from kdscale.student.step import MicroBatch
 from kdscale.topology import BatchCut, Topology
 from tests.conftest import PADDED_VOCAB, make_model
-from tests.distributed.launch import join
+from tests.distributed.launch import join, leave
 from tests.properties.test_packing_properties import Documents
 
 ROWS, COLUMNS, BATCHES, VOCAB = 2, 24, 2, PADDED_VOCAB - 9
@@ -66,7 +65,7 @@ def main() -> None:
     join(rank, world, port_file)
     for family in sys.argv[5].split(","):
         run_family(family, rank, out)
-    process.leave_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Real ranks for tests: one process each, joined over a store on loopback."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
-from kdscale.engine.process import Member
-from tests.runs import PATIENCE_S
+from kdscale.engine import process
+from tests.runs import PATIENCE_S, TEMP
 
 
 def run_ranks(module: str, world: int, *arguments: str, timeout_s: float = PATIENCE_S, killed: bool = False) -> None:
@@ -47,7 +49,7 @@ def run_ranks(module: str, world: int, *arguments: str, timeout_s: float = PATIE
 
 def join(rank: int, world: int, port_file: Path):
     """Become a rank of the group; rank 0 leaves the store's port in a file. Returns the device."""
-    member = Member(rank, world)
+    member = process.Member(rank, world)
     if rank == 0:
         address = member.open_store("127.0.0.0/8", None)
         aside = port_file.with_suffix(".partial")
@@ -58,3 +60,13 @@ def join(rank: int, world: int, port_file: Path):
             time.sleep(0.05)
         address = ("127.0.0.1", int(port_file.read_text()))
     return member.join(address, "127.0.0.0/8", None, 300.0, 300.0, 0)
+
+
+def leave() -> NoReturn:
+    """End this rank as kdscale ends its own: at once, since threads of the libraries that nobody waits for any more are not
+    always gone before what they stand on is."""
+    process.leave_group()
+    shutil.rmtree(TEMP, ignore_errors=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from kdscale.engine import process
-from tests.distributed.launch import join
+from tests.distributed.launch import join, leave
 from tests.distributed.tiny_run import Case, TinyRun
 
 
@@ -88,7 +87,7 @@ def main() -> None:
         again(cases, rank, world, out)
     else:
         first(cases, sys.argv[6], rank, world, out)
-    process.leave_group()
+    leave()
 
 
 if __name__ == "__main__":

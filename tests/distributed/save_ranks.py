@@ -29,7 +29,7 @@ from kdscale.student.trainer import Totals
 from kdscale.topology import BatchCut
 from tests.conftest import PADDED_VOCAB, make_model
 from tests.distributed.cut_ranks import ROWS, step_batch
-from tests.distributed.launch import join
+from tests.distributed.launch import join, leave
 
 VOCAB = PADDED_VOCAB - 9
 _CLONE_NEWNS = 0x00020000
@@ -291,7 +291,7 @@ def main() -> None:
     stop_of_one_rank_saves_before_it_returns(ranks)
     a_save_waits_for_the_one_before(ranks)
     a_failure_stops_where_it_must(ranks)
-    process.leave_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ import torch
 from safetensors.torch import save_file
 
 from kdscale.batch import Batch, DenseTargets, ExampleBatch
-from kdscale.engine import process
 from kdscale.engine.settings import teacher_settings
 from kdscale.engine.sharding import InferenceModel
 from kdscale.spec import TargetSpec
 from kdscale.teacher.model import Score, TeacherModel
 from tests.classes import DIGITS, PIXELS, TOPICS, example_batch, task_of
 from tests.distributed.family_ranks import VOCAB, packed_batches
-from tests.distributed.launch import join
+from tests.distributed.launch import join, leave
 
 RANKS, FORWARDS = 2, 3
 CLASSIFIER = "-classifier"
@@ -56,7 +55,7 @@ def main() -> None:
     device = join(rank, world, port_file)
     for name in sys.argv[5].split(","):
         run_model(out / name, rank, device)
-    process.leave_group()
+    leave()
 
 
 if __name__ == "__main__":

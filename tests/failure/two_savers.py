@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 
-from kdscale.engine import process
 from kdscale.engine.saver import Saver
 from kdscale.engine.training import training_engine
-from tests.distributed.launch import join
+from tests.distributed.launch import join, leave
 from tests.failure.saver_process import SETTINGS, train
 
 
@@ -26,7 +25,7 @@ def main() -> None:
         outcome = saver.wait()
         assert outcome is not None
         assert outcome.fault == "", outcome
-    process.leave_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 
 from kdscale.batch import DenseTargets, ExampleBatch
-from kdscale.engine import process
 from kdscale.losses.divergence import Divergence
 from kdscale.losses.objective import Objective
 from kdscale.student.layout import DataParallelStudent
 from kdscale.student.step import MicroBatch
 from kdscale.topology import BatchCut
 from tests.classes import DIGITS, PIXELS, TOPICS, example_batch, make_classifier, task_of
-from tests.distributed.launch import join
+from tests.distributed.launch import join, leave
 
 RATE, ROWS, TEMPERATURE, HARD = 1e2, 8, 2.0, 0.3
 
@@ -73,7 +72,7 @@ def main() -> None:
         found = gradient(case, rank, world)
         if rank == 0:
             np.savez(out / f"{number}.npz", **found)
-    process.leave_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -52,8 +52,7 @@ class Exchange:
             # What opens it travels with the schema: the teacher reads it while the rows are put together.
             self._writer.begin(schema_of_rows(batch))
             self._begun = True
-        rows = encode_rows(batch)
-        self._writer.write_with_metadata(rows, header.asking(rows))
+        self._writer.write_with_metadata(encode_rows(batch), header.asking())
 
     def close(self) -> None:
         # Cancelled first: a teacher that stands still would not let go of it.

@@ -1,7 +1,7 @@
 """Head + loss, forward and backward, against the bare matrix products of the same payload.
 
     python -m tests.benchmarks.loss --json loss.json            # 2 threads, float32, 1024 tokens, 49,152 ids
-    python -m tests.benchmarks.loss --vocab 128256 --dtype bfloat16 --tokens 4096
+    python -m tests.benchmarks.loss --vocab 128256 --dtype bfloat16 --tokens 4096    # 13 GiB for plain autograd
     python -m tests.benchmarks.loss --peers .venv-peers/bin/python    # and Liger's (tests/benchmarks/peers.sh makes it)
 
 Control: the products alone (3 for ``topk`` and labels, 4 for ``hidden``), in the same chunks. Every side makes the

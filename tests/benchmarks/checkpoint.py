@@ -133,7 +133,8 @@ def main() -> None:
             for name in ("background", "synchronous")
         ]
         compare("tests.benchmarks.checkpoint", sides, arguments.rounds)
-    agree(sides, "bytes", 0.01)
+    # The control writes the frozen embedding as well, which the saver leaves to its digest.
+    agree(sides, "bytes", 0.15)
     ours, control = sides
     for side in sides:
         print(f"{side.name:12} {side.median:6.3f} s ±{side.spread:.0%}  ({side.figures['bytes'] / 2**20:.0f} MiB)")

@@ -92,7 +92,7 @@ class Mirror:
                 _let_go(held)
                 self._busy = False
 
-    def _copy(self, held: "Held") -> None:
+    def _copy(self, held: Held) -> None:
         if self._superseded_after is not None:
             _supersede(self.store, self._superseded_after)
             self._superseded_after = None

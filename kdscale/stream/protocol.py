@@ -231,20 +231,15 @@ def decode_request(raw: bytes, rows: pa.RecordBatch, kind: Header, vocab_size: i
         PayloadError: rows of another schema; tokens or classes outside the vocabulary.
         StreamError: what came with them is malformed.
     """
-    meaning, num_columns = kind.meaning, kind.num_columns
-    if meaning.task == "image-classification" and num_columns != meaning.input_size:
-        raise PayloadError(f"an image has {num_columns} bytes; the teacher reads {meaning.input_size}")
-    if meaning.task == "language-modelling":
-        arrow.check(rows, rows_schema(num_columns))
-    else:
-        arrow.check(rows, examples_schema(num_columns, 1 if meaning.task == "image-classification" else 4))
     header = kind.of(raw)
-    of_tokens = meaning.task == "language-modelling"
-    return header, _decode_tokens(rows, header, vocab_size) if of_tokens else _decode_examples(rows, header)
+    if header.meaning.task != "language-modelling":
+        return header, _decode_examples(rows, header)
+    return header, _decode_tokens(rows, header, vocab_size)
 
 
 def _decode_tokens(batch: pa.RecordBatch, header: Header, vocab_size: int) -> TokenBatch:
     num_columns = header.num_columns
+    arrow.check(batch, rows_schema(num_columns))
     # Views of what has arrived: whoever reads them brings rows of several requests together, which copies.
     ids, segments, positions = (
         arrow.plane(batch, name, "<i4", num_columns) for name in ("ids", "segments", "positions")
@@ -263,6 +258,9 @@ def _decode_tokens(batch: pa.RecordBatch, header: Header, vocab_size: int) -> To
 def _decode_examples(batch: pa.RecordBatch, header: Header) -> ExampleBatch:
     meaning, num_columns = header.meaning, header.num_columns
     of_images = meaning.task == "image-classification"
+    if of_images and num_columns != meaning.input_size:
+        raise PayloadError(f"an image has {num_columns} bytes; the teacher reads {meaning.input_size}")
+    arrow.check(batch, examples_schema(num_columns, 1 if of_images else 4))
     inputs = arrow.plane(batch, "inputs", "u1" if of_images else "<i4", num_columns).copy()
     if not of_images and inputs.size and (inputs.min() < 0 or inputs.max() >= meaning.input_size):
         raise PayloadError(f"token ids span {inputs.min()}..{inputs.max()}; the tokenizer has {meaning.input_size}")

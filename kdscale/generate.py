@@ -25,7 +25,7 @@ from kdscale.config.teachers import require_one_teacher
 from kdscale.data.corpus import Split
 from kdscale.data.images import Pixels
 from kdscale.data.pairs import TokenizerPair
-from kdscale.data.prompts import prompts_in
+from kdscale.data.prompts import PromptStore, prompts_in
 from kdscale.data.reading import RunCorpus
 from kdscale.data.tokenizer import Tokenizer
 from kdscale.durable import sync_directory, write_durably
@@ -61,9 +61,9 @@ def generate(job: Job, out: Path) -> None:
     assert isinstance(corpus.train, Split)
     assert not isinstance(tokenizer, Pixels | TokenizerPair)
     prompts = prompts_of(corpus.train, config.generate, tokenizer)
-    _require_room(prompts, config, prepared)
-    rows = config.generate.batch_rows * config.teacher.ranks
-    writing = Writing(out, provenance(config, prepared, corpus), rows, len(prompts))
+    _require_room(prompts.longest, config, prepared)
+    rows, total = config.generate.batch_rows * config.teacher.ranks, len(prompts) * config.generate.samples
+    writing = Writing(out, provenance(config, prepared, corpus), rows, total)
     if writing.whole:
         job.display.close()
         print(f"{out} is whole already")
@@ -83,14 +83,12 @@ def generate(job: Job, out: Path) -> None:
         job.display.phase("loading the teacher")
         _write_all(job, prompts, tokenizer, authors, len(groups), writing)
     job.display.close()
-    print(
-        f"{out}: {writing.lines} continuations of {len(prompts)} prompts; {writing.left_out} empty ones were left out"
-    )
+    print(f"{out}: {writing.lines} of {total} continuations; {writing.left_out} empty ones were left out")
 
 
 def _write_all(
     job: Job,
-    prompts: list[Prompt],
+    prompts: PromptStore,
     tokenizer: Tokenizer,
     authors: "queue.SimpleQueue[Author]",
     replicas: int,
@@ -108,7 +106,7 @@ def _write_all(
 
     with ThreadPoolExecutor(replicas, thread_name_prefix="author") as pool:
         window: deque[tuple[list[Prompt], Future[list[Continuation]]]] = deque()
-        waiting = _batches(prompts, writing.first, writing.rows)
+        waiting = batches(prompts, job.config.generate.samples, writing.first, writing.rows)
         try:
             while True:
                 while len(window) < 2 * replicas and (batch := next(waiting, None)) is not None:
@@ -120,7 +118,7 @@ def _write_all(
                     line(*pair, tokenizer, opening, stop) for pair in zip(batch, _result(future, job), strict=True)
                 ]
                 writing.add(found)
-                job.display.count(batch[-1].number + 1, len(prompts), "writing on from prompt")
+                job.display.count(batch[-1].number + 1, writing.total, "writing continuation")
         finally:
             job.stop.set()  # whatever ends this ends the batches in hand
             pool.shutdown(wait=False, cancel_futures=True)
@@ -141,18 +139,20 @@ class Writing:
 
     def __init__(self, out: Path, provenance: dict[str, Any], rows: int, total: int) -> None:
         """Raises: IdentityError when something else has written there; DataError when it cannot be written."""
-        self._out, self._partial, self.rows = out, out.with_name(f"{out.name}.partial"), rows
+        self._out, self._partial = out, out.with_name(f"{out.name}.partial")
+        self.rows, self.total = rows, total
+        """Continuations of a batch, and of the whole file."""
         self.whole = out.exists()
         self.first = self.lines = self.left_out = 0
         """Number of the first continuation to write; lines written; empty continuations, of which there are no lines."""
         self._file: Any = None
         about = out.with_name(f"{out.name}.provenance.json")
         try:
-            self._begin(about, provenance, total)
+            self._begin(about, provenance)
         except OSError as error:
             raise DataError(f"{out} cannot be written: {error}") from error
 
-    def _begin(self, about: Path, provenance: dict[str, Any], total: int) -> None:
+    def _begin(self, about: Path, provenance: dict[str, Any]) -> None:
         if about.is_file():
             try:
                 differ = differences(json.loads(about.read_text()), provenance)
@@ -172,8 +172,8 @@ class Writing:
         self._file.seek(0, os.SEEK_END)
         self.lines = len(kept)
         self.left_out = self.first - self.lines
-        if self.first > total:
-            raise DataError(f"{self._partial} holds more than the {total} continuations that are asked for")
+        if self.first > self.total:
+            raise DataError(f"{self._partial} holds more than the {self.total} continuations that are asked for")
 
     def _kept(self) -> list[bytes]:
         """The lines of whole batches. Of the last one it is not known whether it is whole: it is written again."""
@@ -216,17 +216,13 @@ class Writing:
 # ---- pure ----
 
 
-def prompts_of(split: Split, section: GenerateSection, tokenizer: Tokenizer) -> list[Prompt]:
-    """A prompt for each continuation to write. Raises: DataError when the text has none."""
+def prompts_of(split: Split, section: GenerateSection, tokenizer: Tokenizer) -> PromptStore:
+    """What to write on from. Raises: DataError when the text has none."""
     cut = prompts_in(split, section.prompt_tokens, section.new_tokens, tokenizer.eos_id)
-    found = list(islice(filter(None, (_whole(ids, tokenizer) for ids in cut)), section.limit))
-    if not found:
+    found = PromptStore(islice(filter(None, (_whole(ids, tokenizer) for ids in cut)), section.limit))
+    if not len(found):
         raise DataError("data.train holds no prompt: no token stands before what is trained on")
-    return [
-        Prompt(ids, number * section.samples + sample)
-        for number, ids in enumerate(found)
-        for sample in range(section.samples)
-    ]
+    return found
 
 
 def _whole(ids: tuple[int, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -242,9 +238,12 @@ def _whole(ids: tuple[int, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
     return ids
 
 
-def _batches(prompts: list[Prompt], first: int, rows: int) -> Iterator[list[Prompt]]:
-    for start in range(first, len(prompts), rows):
-        yield prompts[start : start + rows]
+def batches(prompts: PromptStore, samples: int, first: int, rows: int) -> Iterator[list[Prompt]]:
+    """A prompt for each continuation to write from number ``first`` on, each ``samples`` times, by ``rows``."""
+    total = len(prompts) * samples
+    for start in range(first, total, rows):
+        numbers = range(start, min(start + rows, total))
+        yield [Prompt(prompts.ids(number // samples), number) for number in numbers]
 
 
 def line(
@@ -298,10 +297,10 @@ def provenance(config: RunConfig, prepared: Prepared, corpus: RunCorpus) -> dict
     return plain
 
 
-def _require_room(prompts: list[Prompt], config: RunConfig, prepared: Prepared) -> None:
+def _require_room(longest: int, config: RunConfig, prepared: Prepared) -> None:
     """Raises: DataError when prompt and continuation are longer than the teacher can read."""
     most = getattr(load_config(prepared.teacher_directory).get_text_config(), "max_position_embeddings", None)
-    longest, new = max(len(one.ids) for one in prompts), config.generate.new_tokens
+    new = config.generate.new_tokens
     if most is not None and longest + new > most:
         raise DataError(
             f"a prompt of {longest} tokens and generate.new_tokens = {new} are more than the {most} positions of"

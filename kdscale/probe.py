@@ -18,7 +18,7 @@ from kdscale.config.schema import RunConfig
 from kdscale.config.teachers import require_one_teacher
 from kdscale.data.reading import make_loader
 from kdscale.engine import process
-from kdscale.engine.models import base_hidden, build_student, head_of, load_causal_lm
+from kdscale.engine.models import base_hidden, build_student, head_of, load_causal_lm, require_known_head
 from kdscale.engine.settings import student_dtype
 from kdscale.errors import ConfigError
 from kdscale.evaluate.fidelity import Fidelity, Positions, exact_gradient, measure
@@ -121,6 +121,7 @@ def load_positions(config: RunConfig, tokens: int) -> tuple[Positions, float]:
     assert isinstance(batch, TokenBatch)
     vocab_size = prepared.meaning.vocab_size
     teacher = load_causal_lm(prepared.teacher_directory, process.resolve_dtype(config.teacher.dtype, device)).to(device)  # type: ignore[arg-type]
+    require_known_head(teacher)
     teacher_TD, _ = _run(teacher, batch, device, backward=False)
     teacher_head = _head(teacher, vocab_size)
     dtype = process.resolve_dtype(student_dtype(config), device)

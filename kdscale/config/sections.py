@@ -206,7 +206,7 @@ class TargetsSection(Section):
     stand for the whole distribution without bias; hidden: the teacher's last hidden state (its head is fetched once);
     dense: all log-probabilities."""
     k: int = Field(64, ge=1, le=4096)
-    """Entries per position of ``topk``. Of ``sampled``: as many at most; tokens of probability 1/k and more come exactly, the
+    """Entries per position of ``topk``. Of ``sampled``: as many at most; tokens clearly likelier than 1/k come exactly, the
     others stand for about 1/k each, so a position whose teacher is sure takes few."""
     encoding: Literal["auto"] | Encoding = "auto"
     """How numbers travel: float16 or uint8 (topk, sampled), uint4 (topk; ids sorted, the fewest bytes), bfloat16 or int8

@@ -113,7 +113,12 @@ def _require_routes(config: "RunConfig", names: tuple[str, ...]) -> None:
 
 
 def _require_weights(config: "RunConfig", names: tuple[str, ...]) -> None:
-    teachers, weights = config.teachers, config.teachers.weights
+    teachers, weights, loss = config.teachers, config.teachers.weights, config.loss
+    if loss.soft and loss.divergence == "logit_mse" and loss.temperature != 1:
+        raise ValueError(
+            f"loss.divergence = logit_mse compares logits at temperature 1, and at loss.temperature = {loss.temperature} a"
+            " mixture of teachers has none; use loss.temperature: 1"
+        )
     for setting, value in (("data.teacher_column", config.data.teacher_column), ("teachers.default", teachers.default)):
         if value is not None:
             raise ValueError(

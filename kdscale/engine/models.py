@@ -1,7 +1,8 @@
 """Language models and classifiers: found, loaded, cut from a teacher's layers, and taken apart into base and head."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -258,19 +259,27 @@ def hidden_states(
 
 
 @torch.no_grad()
-def require_known_head(model: PreTrainedModel) -> None:
+def require_known_head(
+    model: PreTrainedModel, whole: Callable[[list[nn.Parameter]], AbstractContextManager[object]] = nullcontext
+) -> None:
     """Check on one short row that head(base(x)) is what the model itself computes.
+
+    ``whole``: the context in which parameters that are spread over ranks are whole; all ranks call.
 
     Raises:
         ModelError: the family does something between base and logits that kdscale does not know.
     """
-    weight, bias, spec = head_of(model, model.get_output_embeddings().weight.shape[0])
-    ids = torch.arange(8).unsqueeze(0) % spec.vocab_size
+    weight = model.get_output_embeddings().weight
+    weight, bias, spec = head_of(model, getattr(weight, "ds_shape", weight.shape)[0])
+    positions = torch.arange(8, device=weight.device).unsqueeze(0)
+    ids = positions % spec.vocab_size
     was_training = model.training
     model.eval()
-    positions = torch.arange(8).unsqueeze(0)
-    ours = head_logits(base_hidden(model, ids, positions)[0], weight, bias, spec)
-    theirs = model(input_ids=ids, use_cache=False).logits[0].float()
+    hidden_TD = base_hidden(model, ids, positions)[0]
+    with whole([one for one in (weight, bias) if one is not None]):
+        ours = head_logits(hidden_TD, weight, bias, spec)
+    # Not called as a module: ZeRO-3 would take the modules' order here for that of every later forward.
+    theirs = model.forward(input_ids=ids, use_cache=False).logits[0].float()
     model.train(was_training)
     if not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
         raise ModelError(

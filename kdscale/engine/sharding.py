@@ -12,13 +12,16 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from kdscale.engine.attention import attend_by_document
-from kdscale.engine.models import load_model
+from kdscale.engine.models import load_model, require_known_head
 from kdscale.engine.settings import GATHERED_AT_ONCE
 from kdscale.spec import Task
 
 
 class InferenceModel:
-    """A language model or classifier over the ranks of this process group, by ZeRO-3 where there are several."""
+    """A language model or classifier over the ranks of this process group, by ZeRO-3 where there are several.
+
+    Raises: ModelError for a model that cannot be read, or whose logits kdscale would not compute as it does.
+    """
 
     def __init__(
         self,
@@ -39,6 +42,8 @@ class InferenceModel:
             _gather_by_block(model)
         # One rank needs no engine: stage 0 leaves the module as it is.
         self.engine = deepspeed.initialize(model=self.model, config=settings)[0] if self._keep_alive else None
+        if task == "language-modelling":
+            require_known_head(self.model, gathered)
 
     def parameters_held(self) -> int:
         """Parameters this rank keeps between forwards."""

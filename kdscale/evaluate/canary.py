@@ -10,7 +10,7 @@ from kdscale.engine.models import load_causal_lm
 from kdscale.errors import CanaryError
 from kdscale.evaluate.plain import plain_logits
 from kdscale.head import Head
-from kdscale.spec import TargetSpec, Task
+from kdscale.spec import ENCODINGS, TargetSpec, Task
 from kdscale.stream.prefetch import check_alignment
 from kdscale.stream.source import TargetSource
 from kdscale.targets.payloads import make_targets, targets_of_logits
@@ -44,16 +44,23 @@ class CanaryReport:
         )
 
 
-def served_topk(batch: Batch, spec: TargetSpec, source: TargetSource, head: Head | None) -> TopkTargets:
-    """The served teacher's likeliest tokens on ``batch``, by the payload that ``spec`` names where it tells them.
+def comparable(spec: TargetSpec) -> TargetSpec:
+    """What to ask for in place of ``spec`` so that its log-probabilities can be compared; ``spec`` itself where it tells them.
 
-    ``head`` is the teacher's, fetched over the stream: needed for hidden states. Samples tell no log-probabilities, so the
-    same rows are asked for as top-k; int8 hidden states tell them too roughly (SmolLM2's are off by 1.6), so these come as
-    bfloat16.
+    Samples tell none, and what travels in codes of few bits (uint8, uint4, int8) tells them more roughly than the tolerance is.
+    """
+    if spec.payload == "sampled":
+        return TargetSpec("topk", k=_ENTRIES, temperature=spec.temperature)
+    return replace(spec, encoding=ENCODINGS[spec.payload][0])
+
+
+def served_topk(batch: Batch, spec: TargetSpec, source: TargetSource, head: Head | None) -> TopkTargets:
+    """The served teacher's likeliest tokens on ``batch``, by what is ``comparable`` of ``spec``.
+
+    ``head`` is the teacher's, fetched over the stream: needed for hidden states.
     """
     top = TargetSpec("topk", k=_ENTRIES, temperature=spec.temperature)
-    asked = {"sampled": top, "hidden": replace(spec, encoding="bfloat16")}.get(spec.payload, spec)
-    served = source.fetch(batch, asked)
+    served = source.fetch(batch, comparable(spec))
     check_alignment(batch, served)
     match served:
         case HiddenTargets():

@@ -160,7 +160,7 @@ class _AlignedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         # In place, and therefore once: a second backward through the same graph finds nothing and fails.
         grads, ctx.grads = ctx.grads, None
-        return (*(None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in grads), None)
+        return (*(None if grad is None else grad.mul_(grad_loss) for grad in grads), None)
 
 
 def _chunks(count: int, places: SpanPlaces, most: int) -> Iterator[tuple[slice, slice]]:
@@ -254,8 +254,10 @@ def sorted_distance(p_SU: torch.Tensor, q_SW: torch.Tensor, known_S: torch.Tenso
 @torch.no_grad()
 def _statistics(found: Outcomes) -> dict[str, torch.Tensor]:
     p_SW, q_SW = found.logp_SW.exp(), found.logq_SW.exp()
-    same_S = found.logp_SW[:, :-1].argmax(-1) == found.logq_SW[:, :-1].argmax(-1)
+    best_S, place_S = p_SW[:, :-1].max(-1)
+    same_S = (place_S == q_SW[:, :-1].argmax(-1)) & (best_S > 0)
     return {
+        "told": same_S.new_tensor(len(same_S), dtype=p_SW.dtype),
         "top1_agree": same_S.sum().to(p_SW.dtype),
         "teacher_entropy": -torch.xlogy(p_SW, p_SW).sum(),
         "teacher_kept_mass": p_SW[:, :-1].sum(),

@@ -21,10 +21,13 @@ STATS = (
     "teacher_kept_mass",
     "student_kept_mass",
     "count",
+    "told",
 )
 """Names of the statistics, in order: sums over positions. ``kl`` is the forward KL at temperature 1, over what the payload
-tells of it (NaN where it tells nothing)."""
-_SOFT, _HARD, _KL, _TOP1, _ENTROPY, _TEACHER_KEPT, _STUDENT_KEPT, _COUNT = range(len(STATS))
+tells of it (NaN where it tells nothing); ``told`` counts the positions that targets tell of (with another tokenizer: spans)."""
+OF_TOLD = ("top1_agree", "teacher_entropy", "teacher_kept_mass", "student_kept_mass")
+"""Those whose mean is over what is ``told``, and not over all positions."""
+_SOFT, _HARD, _KL, _TOP1, _ENTROPY, _TEACHER_KEPT, _STUDENT_KEPT, _COUNT, _TOLD = range(len(STATS))
 _FORWARD = Divergence("forward_kl")
 _RULED_OUT = -1e30
 """Log-probability of what the teacher rules out: of no mass, and finite also when a temperature multiplies it."""
@@ -53,6 +56,7 @@ def block_gradient(
         block_BV.div_(mass)
         hard_weight = 1.0
     else:
+        stats_BS[:, _TOLD] = 1
         hard_weight = objective.hard_weight
         match targets:
             case TopkTargets() | SampledTargets():
@@ -150,6 +154,8 @@ def _top1(targets: TopkTargets | SampledTargets) -> torch.Tensor:
 def _kl_at_one(targets: TopkTargets, logq1_BK: torch.Tensor) -> torch.Tensor:
     """(K+1)-way forward KL at temperature 1 from targets at another: p_1 is proportional to p^temperature."""
     logp1_BK = (targets.temperature * targets.logp_TK + targets.shift_T[:, None]).clamp_max(0.0)
+    # The temperature multiplies what an encoding has rounded, which may carry the kept mass above 1.
+    logp1_BK = logp1_BK - logp1_BK.logsumexp(-1, keepdim=True).clamp_min(0.0)
     tiny = torch.finfo(logp1_BK.dtype).tiny
     tails = [(1 - logs.exp().sum(-1)).clamp_min(tiny).log() for logs in (logp1_BK, logq1_BK)]
     return kept_gradient(_FORWARD, logp1_BK, tails[0], logq1_BK, tails[1])[0]

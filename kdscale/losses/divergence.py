@@ -177,7 +177,9 @@ def gradient(kind: Divergence, logp: torch.Tensor, logq: torch.Tensor) -> torch.
             qh = torch.where(q > 0, -(1 - kind.skew) * (logp + logq - logm).exp(), 0.0)
         case "skew_reverse_kl":
             logm = log_mixture(logq, logp, kind.skew)
-            qh = torch.where(q > 0, q * (logq - logm - kind.skew * (logq - logm).exp()), 0.0)
+            # Without a share of q in the mixture its ratio has no bound, and no part in the derivative.
+            share = kind.skew * (logq - logm).exp() if kind.skew else 0.0
+            qh = torch.where(q > 0, q * (logq - logm - share), 0.0)
         case "tvd":
             qh = 0.5 * q * torch.sign(logq - logp)
         case "adaptive_kl":

@@ -54,6 +54,16 @@ class Exchange:
         except OSError as error:
             raise OnPolicyError(f"{self._directory / file} cannot be written: {error}") from error
 
+    def file(self, name: str) -> tuple[str, bytes]:
+        """(full name, content), for another exchange. Raises: OnPolicyError when it cannot be read."""
+        path = self.find(name)
+        if path is None:
+            raise OnPolicyError(f"{self._directory} has no {name} any more, which coming steps need")
+        try:
+            return path.name, path.read_bytes()
+        except OSError as error:
+            raise OnPolicyError(f"{path} cannot be read: {error}") from error
+
     def get(self, name: str) -> dict[str, torch.Tensor] | None:
         """None: it is not there (yet, or any more). Raises: OnPolicyError when it is damaged."""
         path = self.find(name)

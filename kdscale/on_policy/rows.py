@@ -12,7 +12,7 @@ from kdscale.config.schema import RunConfig
 from kdscale.data.corpus import Split
 from kdscale.data.loader import Order, stack
 from kdscale.data.packing import build_row
-from kdscale.data.prompts import prompts_in
+from kdscale.data.prompts import PromptStore, prompts_in
 from kdscale.errors import DataError
 from kdscale.on_policy.schedule import Plan
 from kdscale.spec import Continuation, Prompt
@@ -45,21 +45,19 @@ class Prompts:
 
     def of_step(self, step: int) -> list[Prompt]:
         chosen = self._order.of_batch(self._plan.ordinal(step))
-        return [Prompt(self._prompts[index], step * self._num + place) for place, index in enumerate(chosen)]
+        return [Prompt(self._prompts.ids(index), step * self._num + place) for place, index in enumerate(chosen)]
 
 
 def heldout_prompts(split: Split, section: OnPolicySection, eos_id: int | None) -> list[Prompt]:
     """Raises: DataError."""
     found = _short_prompts(split, section, eos_id, section.heldout_prompts)
-    return [Prompt(ids, _HELDOUT_FIRST + number) for number, ids in enumerate(found)]
+    return [Prompt(found.ids(number), _HELDOUT_FIRST + number) for number in range(len(found))]
 
 
-def _short_prompts(
-    split: Split, section: OnPolicySection, eos_id: int | None, most: int | None
-) -> list[tuple[int, ...]]:
+def _short_prompts(split: Split, section: OnPolicySection, eos_id: int | None, most: int | None) -> PromptStore:
     every = prompts_in(split, section.prompt_tokens, section.new_tokens, eos_id)
-    found = list(islice((ids for ids in every if len(ids) <= section.prompt_tokens), most))
-    if not found:
+    found = PromptStore(islice((ids for ids in every if len(ids) <= section.prompt_tokens), most))
+    if not len(found):
         raise DataError(
             f"on_policy.prompt_tokens = {section.prompt_tokens}: the text holds no prompt so short (what stands before the first"
             " trained token of a document, or the beginning of plain text); raise it"

@@ -10,7 +10,7 @@ from kdscale.config.schema import RunConfig
 from kdscale.config.teachers import ALONE
 from kdscale.engine import process
 from kdscale.engine.directories import model_here
-from kdscale.evaluate.canary import run_canary, served_topk
+from kdscale.evaluate.canary import comparable, run_canary, served_topk
 from kdscale.evaluate.views import TargetSources, teachers_of
 from kdscale.head import Head
 from kdscale.stream.protocol import Known
@@ -25,10 +25,10 @@ def not_checked(config: RunConfig) -> str | None:
         return "not checked: no teacher (targets.source = none)"
     if config.evaluate.canary_rows == 0:
         return "not checked: evaluate.canary_rows = 0"
-    if spec.payload == "sampled" and on_disk:
-        return "not checked: samples on disk tell no log-probabilities"
-    if (spec.payload, spec.encoding) == ("hidden", "int8") and on_disk:
-        return "not checked: int8 hidden states on disk tell log-probabilities too roughly"
+    if on_disk and comparable(spec) != spec:
+        return (
+            f"not checked: {spec.payload} in {spec.encoding} on disk tells no log-probabilities that could be compared"
+        )
     return None
 
 
@@ -67,7 +67,9 @@ def _check(
     gib = sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 2**30
     if gib > config.evaluate.canary_max_gib:
         return f"not checked: the teacher's files are {gib:.1f} GiB, above evaluate.canary_max_gib"
-    dtype = process.resolve_dtype(teacher.dtype, device)
+    # Teachers may compute elsewhere, in a dtype that their own device has; what is on disk doesn't say.
+    stats = source.teacher_stats()
+    dtype = getattr(torch, stats[0]["dtype"]) if stats else process.resolve_dtype(teacher.dtype, device)
     served = served_topk(rows, spec, source, head)
     kind = (directory, known.meaning.vocab_size, dtype, config.task)
     return run_canary(rows, served, *kind, of_hidden=spec.payload == "hidden").line()

@@ -142,7 +142,9 @@ def flatten_batch(batch: Batch, device: torch.device) -> tuple[torch.Tensor, tor
 
 def targets_on(batch: Batch, targets: SoftTargets | None, device: torch.device) -> Targets | None:
     """The targets of ``batch`` as the head takes them, on ``device``."""
-    if targets is None or not isinstance(batch, PairedBatch):
-        return targets and targets.each(lambda tensor: tensor.to(device, non_blocking=True))
+    if targets is None:
+        return None
+    if not isinstance(batch, PairedBatch):
+        return targets.each(lambda tensor: tensor.to(device, non_blocking=True))
     places = (torch.from_numpy(one) for one in batch.span_places())
     return AlignedTargets(targets, *(SpanPlaces(one[:, 0], one[:, 1]) for one in places)).to(device)

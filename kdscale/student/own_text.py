@@ -122,10 +122,14 @@ class OwnText:
             self._published.append(done)
 
     def files(self) -> dict[str, bytes]:
-        """For a checkpoint: older weights that coming steps still need, on rank 0; the newest are the student's own."""
+        """For a checkpoint: older weights that coming steps still need, on rank 0; the newest are the student's own.
+
+        Raises: OnPolicyError when they are gone: nothing could go on from such a checkpoint.
+        """
+        if self._rank != 0:
+            return {}
         older = [version for version in self._plan.needed(self._done) if version < self._done]
-        paths = [self._exchange.find(f"weights-{version}") for version in older] if self._rank == 0 else []
-        return {path.name: path.read_bytes() for path in paths if path is not None}
+        return dict(self._exchange.file(f"weights-{version}") for version in older)
 
     # ---- text in ----
 

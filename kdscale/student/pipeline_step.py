@@ -114,7 +114,9 @@ class PipelineStep:
             ids_RL, positions_RL, trained_T = flatten_batch(micro.batch, device)
             if self._holds_loss:
                 labels_T = torch.from_numpy(micro.batch.labels()).to(device)
-                soft = micro.targets and micro.targets.each(lambda tensor: tensor.to(device, non_blocking=True))
+                soft = micro.targets
+                if soft is not None:
+                    soft = soft.each(lambda tensor: tensor.to(device, non_blocking=True))
                 self._head.expect(trained_T, Lesson(labels_T, objective, soft, factor))
                 self._waited_s += micro.waited_s
             yield (ids_RL, positions_RL) if self._reads_tokens else None

@@ -10,6 +10,7 @@ from kdscale.batch import Batch, SoftTargets
 from kdscale.engine.process import sum_over_ranks
 from kdscale.engine.scale import backward_factor
 from kdscale.engine.training import Engine, finite_weights, gradient_norm, set_learning_rate
+from kdscale.losses.blocks import OF_TOLD
 from kdscale.losses.objective import Objective
 from kdscale.student.module import SUMS, StudentModule, flatten_batch, targets_on
 
@@ -40,12 +41,12 @@ class Signals:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Means over the trained tokens of the whole step, all ranks."""
+    """Means over the trained tokens of the whole step, all ranks (``OF_TOLD``: over those that targets tell of)."""
 
     num_tokens: int
     loss: float
     means: dict[str, float]
-    """By the names of ``module.SUMS``, without ``count``."""
+    """By the names of ``module.SUMS``, without ``count`` and ``told``."""
     gradient_norm: float | None
     """See ``training.gradient_norm``."""
     sound: bool
@@ -89,11 +90,13 @@ def step_result(
     *own, waited, unsound, stop, save, written, failed = sum_over_ranks(
         torch.cat([sums, sums.new_tensor(beside)])
     ).tolist()
-    count = max(1, num_tokens_step)
-    means = {name: own[1 + index] / count for index, name in enumerate(SUMS) if name != "count"}
+    loss, *found = own
+    by_name, count = dict(zip(SUMS, found, strict=True)), max(1, num_tokens_step)
+    num_tokens, told = int(by_name.pop("count")), max(1, by_name.pop("told"))
+    means = {name: value / (told if name in OF_TOLD else count) for name, value in by_name.items()}
     return StepResult(
-        num_tokens=int(own[1 + SUMS.index("count")]),
-        loss=own[0] / count,
+        num_tokens=num_tokens,
+        loss=loss / count,
         means=means,
         gradient_norm=norm,
         sound=not unsound,

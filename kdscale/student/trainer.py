@@ -180,6 +180,12 @@ class Trainer:
             digest.update(micro.batch.inputs.tobytes())
             yield micro
 
+    def _tells_kl(self, number: int) -> bool:
+        """Whether step ``number`` has a KL at temperature 1. A mean of distributions at another temperature tells none: it is not
+        the mean's distribution at that temperature."""
+        mixed = self._config.teachers.combine == "mixture"
+        return self._config.loss.soft and not (mixed and self._config.target_spec(number).temperature != 1)
+
     def _metrics(self, batch: Batch, result: StepResult, rows_digest: str, seconds: float) -> StepMetrics:
         means, soft = result.means, self._config.loss.soft
         number, paired = batch.number, batch if isinstance(batch, PairedBatch) else None
@@ -190,7 +196,7 @@ class Trainer:
             loss=result.loss,
             soft=means["soft"],
             hard=means["hard"],
-            kl=means["kl"] if soft and math.isfinite(means["kl"]) else None,
+            kl=means["kl"] if self._tells_kl(number) and math.isfinite(means["kl"]) else None,
             top1_agreement=means["top1_agree"],
             teacher_entropy=means["teacher_entropy"],
             teacher_kept_mass=means["teacher_kept_mass"],

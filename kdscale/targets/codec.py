@@ -103,7 +103,7 @@ def encode_logp(logp: torch.Tensor) -> torch.Tensor:
 
 
 def decode_logp(codes: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities, float32, of ``encode_logp``'s codes: within 2 / code of the original for codes above 0."""
+    """Log-probabilities, float32, of ``encode_logp``'s codes: within 2 / code of the original for codes above 1."""
     return _LOG_OF_CODE.index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 

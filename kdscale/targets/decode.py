@@ -101,6 +101,7 @@ def _ordered(
     logp = _values(plane(batch, "value", *_value_type(spec), k), spec)
     # Below float16's range there is no tail worth the name; exactly -inf stands for none at all.
     kept, rest = logp.exp().sum(-1), tail.exp()
+    _refuse(not (kept > 0).all(), "no entry of a position has any mass")
     _refuse_mass(kept + rest, _mass_eps(spec, k))
     # Rounding has moved the kept mass a little: what the tail leaves is theirs.
     logp.add_(((1 - rest).clamp_min(torch.finfo(rest.dtype).tiny) / kept).log_()[:, None])

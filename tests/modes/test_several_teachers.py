@@ -42,6 +42,8 @@ def test_each_document_has_its_teacher(tmp_path: Path, teacher_dir: Path):
         run={"deterministic": True},
         data={"teacher_column": "of"},
         teachers={"main": "left", "default": "left", "others": {"right": {"model": str(other), "replicas": 2}}},
+        # Coarse targets of float32 teachers: the canary asks for finer ones.
+        targets={"encoding": "uint4"},
         student={"layers": [0, 3], "dtype": "float32"},
         # Their layers are nothing that the student could learn in so few steps.
         train={"steps": 14, "lr": 1e-2},

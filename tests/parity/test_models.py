@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, HyperCLOVAXConfig, HyperCLOVAXForCausalLM
 
 from kdscale.batch import TokenBatch
 from kdscale.config.sections import StudentSection
@@ -21,6 +21,8 @@ from kdscale.engine.models import (
     load_causal_lm,
     require_known_head,
 )
+from kdscale.engine.settings import teacher_settings
+from kdscale.engine.sharding import InferenceModel
 from kdscale.errors import ModelError
 from kdscale.head import head_logits
 from tests.conftest import FAMILIES, PADDED_VOCAB, make_model
@@ -201,6 +203,19 @@ def test_unknown_head_arithmetic_is_refused():
     model.lm_head = doubling
     with pytest.raises(ModelError, match="in a way kdscale does not know"):
         require_known_head(model)
+
+
+def test_a_teacher_of_unknown_head_arithmetic_is_refused(tmp_path: Path):
+    """HyperCLOVA X multiplies its logits by what Granite divides them by, under the same name."""
+    config = HyperCLOVAXConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, logits_scaling=4.0,
+    )  # fmt: skip
+    HyperCLOVAXForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match="HyperCLOVAXForCausalLM turns hidden states into logits in a way kdscale does not"
+    ):
+        InferenceModel(str(tmp_path), teacher_settings(1, "float32"), torch.float32, torch.device("cpu"))
 
 
 def test_tokens_of_padding_change_nothing():

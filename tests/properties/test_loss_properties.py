@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kdscale.batch import TopkTargets
 from kdscale.head import Head, HeadSpec
 from kdscale.losses import sparse
-from kdscale.losses.divergence import Divergence, divergence
+from kdscale.losses.divergence import Divergence, divergence, gradient
 from kdscale.losses.fused import fused_loss
 from kdscale.losses.objective import Objective
 from kdscale.spec import DIVERGENCES, SEPARABLE, TargetSpec
@@ -105,10 +105,12 @@ def test_fused_equals_plain_autograd(name: str, seed: int, k: int, temperature: 
         assert (ours - plain).norm() <= 2e-5 * max(1.0, float(plain.norm()))
 
 
-@given(separable, st.sampled_from([0.0, 1e-12, 1 - 1e-6]))
-@settings(max_examples=12, deadline=None)
-def test_extreme_tails_stay_finite(name: str, tail: float):
-    hidden = torch.zeros(1, 4).requires_grad_()
+@pytest.mark.parametrize("name", SEPARABLE)
+@pytest.mark.parametrize("tail", [0.0, 1e-12, 1 - 1e-6])
+@pytest.mark.parametrize("logit", [0.0, 60.0, 100.0, -100.0])
+def test_extreme_tails_stay_finite(name: str, tail: float, logit: float):
+    """Of the teacher and of the student, who is sure of a kept token, or rules it out."""
+    hidden = torch.tensor([[logit, 0.0, 0.0, 0.0]]).requires_grad_()
     weight = torch.eye(20, 4).requires_grad_()
     logp = torch.full((1, 2), math.log(max(1 - tail, 1e-30) / 2))
     targets = TopkTargets(
@@ -127,10 +129,21 @@ def test_extreme_tails_stay_finite(name: str, tail: float):
         HeadSpec(20),
         torch.zeros(1),
         targets,
-        Objective(Divergence(name), 1.0, 0.1),
+        Objective(Divergence(name)),
         chunk_bytes=1000,
     )
     loss.backward()
-    assert torch.isfinite(loss)
+    assert -1e-6 <= loss.item() < math.inf
     assert torch.isfinite(hidden.grad).all()
     assert torch.isfinite(weight.grad).all()
+
+
+@pytest.mark.parametrize("skew", [0.0, 1e-3, 0.9])
+@pytest.mark.parametrize("name", ["skew_forward_kl", "skew_reverse_kl"])
+def test_skewed_gradients_where_the_teacher_rules_out_what_the_student_likes(name: str, skew: float):
+    """The closed form is autograd's also at the ends of the skew, over a ratio that float32 cannot hold."""
+    student = torch.zeros(1, 5).requires_grad_()
+    teacher = torch.tensor([[0.0, -1.0, -2.0, -120.0, -120.0]])
+    (expected,) = torch.autograd.grad(divergence(name, student, teacher, skew=skew).sum(), [student])
+    logp, logq = (torch.log_softmax(one.detach(), -1) for one in (teacher, student))
+    torch.testing.assert_close(gradient(Divergence(name, skew=skew), logp, logq), expected, rtol=1e-5, atol=1e-6)

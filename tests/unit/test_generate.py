@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from kdscale.config.sections import GenerateSection
+from kdscale.data.prompts import PromptStore
 from kdscale.data.tokenizer import load_tokenizer
 from kdscale.errors import DataError, IdentityError
-from kdscale.generate import Writing, line, prompts_of
+from kdscale.generate import Writing, batches, line, prompts_of
 from kdscale.spec import Continuation, Prompt
 from tests.conftest import make_tokenizer
 from tests.unit.data.test_prompts import EOS, Documents, plain
@@ -19,12 +20,22 @@ from tests.unit.data.test_prompts import EOS, Documents, plain
 def prompts(*documents: tuple[list[int], list[bool]], **settings: Any) -> list[Prompt]:
     section = GenerateSection(**{"prompt_tokens": 3, "new_tokens": 2, **settings})
     tokenizer: Any = SimpleNamespace(decode=str, eos_id=EOS)
-    return prompts_of(Documents(*documents), section, tokenizer)  # type: ignore[arg-type]
+    found = prompts_of(Documents(*documents), section, tokenizer)  # type: ignore[arg-type]
+    return [one for batch in batches(found, section.samples, 0, 3) for one in batch]
 
 
 def test_samples_and_limit():
     found = prompts(plain(*range(10, 40)), samples=2, limit=2)
     assert [(one.number, one.ids[0]) for one in found] == [(0, 10), (1, 10), (2, 15), (3, 15)]
+
+
+def test_writing_goes_on_within_the_samples_of_a_prompt():
+    store = PromptStore([(7, 8), (9,)])
+    found = list(batches(store, samples=3, first=2, rows=3))
+    assert [[(one.number, one.ids) for one in batch] for batch in found] == [
+        [(2, (7, 8)), (3, (9,)), (4, (9,))],
+        [(5, (9,))],
+    ]
 
 
 def test_no_prompt_is_an_error():
@@ -51,7 +62,7 @@ def test_parts_of_a_cut_character_are_left_out(tmp_path: Path):
         """The prompts of ``text``, each of ``tokens``."""
         section = GenerateSection(prompt_tokens=tokens, new_tokens=1)
         found = prompts_of(Documents(plain(*tokenizer.encode(text))), section, tokenizer)  # type: ignore[arg-type]
-        return [tokenizer.decode(one.ids) for one in found]
+        return [tokenizer.decode(found.ids(place)) for place in range(len(found))]
 
     # A coffee cup is three bytes, each of them a token.
     assert of("q\u2615z", 3) == ["q"]

@@ -3,8 +3,10 @@
 from itertools import islice
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kdscale.data.prompts import prompts_in
+from kdscale.data.prompts import PromptStore, prompts_in
 
 EOS = 1
 
@@ -51,3 +53,10 @@ def test_only_what_is_asked_for_is_read():
             return super().document(0)
 
     assert len(list(islice(prompts_in(Endless(plain(7, 8)), 3, 2, EOS), 5))) == 5  # type: ignore[arg-type]
+
+
+@given(st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5).map(tuple), max_size=8))
+def test_a_store_holds_prompts_by_their_places(prompts: list[tuple[int, ...]]):
+    store = PromptStore(iter(prompts))
+    assert [store.ids(place) for place in range(len(store))] == prompts
+    assert store.longest == max(map(len, prompts), default=0)

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from kdscale.errors import CanaryError
-from kdscale.evaluate.canary import TOLERANCE, compare
+from kdscale.evaluate.canary import TOLERANCE, comparable, compare
+from kdscale.spec import ENCODINGS, Encoding, Payload, TargetSpec
+from kdscale.targets.decode import decode
+from kdscale.targets.encode import encode
+from kdscale.targets.layout import schema
 from tests.targets import topk_of_logits
 
 EXACT = TOLERANCE[torch.float32]
@@ -46,3 +50,18 @@ def test_a_near_tie_among_few_examples_is_no_fault():
     assert compare(topk_of_logits(tied, 3), torch.log_softmax(other, -1), EXACT).top1_agreement == 0.5
     with pytest.raises(CanaryError):
         compare(topk_of_logits(tied.repeat(20, 1), 3), torch.log_softmax(other.repeat(20, 1), -1), EXACT)
+
+
+@pytest.mark.parametrize(
+    ("payload", "encoding"), [(name, one) for name, several in ENCODINGS.items() for one in several]
+)
+def test_what_is_compared_travels_finely_enough(payload: Payload, encoding: Encoding):
+    """A float32 teacher's own numbers pass after the journey that the canary asks for, whatever the run asks for."""
+    asked = comparable(TargetSpec(payload, k=16, encoding=encoding, layers=(1,)))
+    assert comparable(asked) == asked
+    if asked.payload != "topk":
+        assert (asked.payload, asked.layers) == (payload, (1,))
+        return
+    spec = TargetSpec("topk", k=asked.k, encoding=asked.encoding)
+    served = decode(encode(topk_of_logits(LOGITS, spec.k), spec, schema(spec, 200, 8), 200), spec, 200)
+    assert compare(served, torch.log_softmax(LOGITS, -1), EXACT).top1_agreement == 1

@@ -168,6 +168,19 @@ def test_chunks_change_nothing(payload: str, rows: int):
     assert not ours[1].grad[OURS:].any()
 
 
+def test_statistics_are_of_spans():
+    """One that names all that both know agrees with itself in each of them."""
+    logits_TV = logits(3, 6, OURS)
+    one = SpanPlaces(torch.arange(0, 6, 2), torch.arange(0, 6, 2) + 1)
+    same = alignment(matches=Matches(np.arange(OURS), np.arange(OURS)), sizes=(OURS, OURS))
+    labels = torch.arange(6, dtype=torch.int32)
+    full = DenseTargets(labels, torch.log_softmax(logits_TV, -1), 1.0)
+    sums = objective_sums(logits_TV, labels, AlignedTargets(full, one, one), Objective(Divergence("forward_kl")), same)
+    stats = dict(zip(STATS, sums[1:].tolist(), strict=True))
+    assert (stats["count"], stats["told"], stats["top1_agree"]) == (6, 3, 3)
+    assert stats["teacher_kept_mass"] == pytest.approx(3, rel=1e-4)
+
+
 def test_statistics_and_a_batch_without_spans():
     student = logits(7, OUR_T, OURS)
     none = AlignedTargets(
@@ -177,7 +190,7 @@ def test_statistics_and_a_batch_without_spans():
     hard = -torch.log_softmax(student, -1).gather(1, LABELS.long()[:, None]).sum()
     stats = dict(zip(STATS, sums[1:].tolist(), strict=True))
     assert stats["count"] == OUR_T
-    assert stats["soft"] == stats["teacher_kept_mass"] == 0
+    assert stats["soft"] == stats["teacher_kept_mass"] == stats["told"] == 0
     assert stats["hard"] == pytest.approx(float(hard)) == pytest.approx(2 * float(sums[0]))
 
 

@@ -9,7 +9,7 @@ from kdscale.head import Head, HeadSpec
 from kdscale.losses.divergence import Divergence
 from kdscale.losses.fused import STATS, fused_loss
 from kdscale.losses.objective import Objective
-from kdscale.spec import TargetSpec
+from kdscale.spec import ENCODINGS, SUPPORT, Payload, TargetSpec
 from kdscale.targets.payloads import make_targets
 
 T, V, D, K = 40, 500, 16, 8
@@ -42,13 +42,17 @@ def test_chunk_size_changes_nothing(case):
             assert (ours - expected).norm() <= 1e-6 * expected.norm()
 
 
-def test_bfloat16_is_near(case):
-    """Against float32 on the same rounded inputs: what is left is the products' own rounding."""
+@pytest.mark.parametrize("chunk_rows", [7, 1])
+def test_bfloat16_is_near(case, chunk_rows: int):
+    """Against float32 on the same rounded inputs: what is left is the products' own rounding. Over many chunks the weight's
+    gradient is summed in float32."""
     hidden, weight, labels, targets = case
     hidden = 0.3 * hidden  # logits about 1: their rounding is what bfloat16 products cost
     rounded = (hidden.bfloat16().float(), weight.bfloat16().float(), labels, targets)
     for ours, expected in zip(
-        run((hidden, weight, labels, targets), dtype=torch.bfloat16)[:3], run(rounded)[:3], strict=True
+        run((hidden, weight, labels, targets), chunk_rows=chunk_rows, dtype=torch.bfloat16)[:3],
+        run(rounded)[:3],
+        strict=True,
     ):
         assert (ours.float() - expected).norm() <= 1e-2 * expected.norm()
 
@@ -98,18 +102,54 @@ def test_labels_only_is_cross_entropy(case):
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_a_shift_by_one_is_seen(case):
-    """The same targets one position later give another loss: alignment matters and is not averaged away."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("payload", ["topk", "hidden", "dense"])
+def test_who_is_the_teacher_has_nothing_to_learn(payload: Payload, dtype: torch.dtype):
+    """Value and gradients are 0 by every divergence, also with phantom rows; another student's are not."""
+    generator = torch.Generator().manual_seed(0)
+    states, rows = (torch.randn(*size, generator=generator).bfloat16().to(dtype) for size in ((T, D), (V + 3, D)))
+    labels = torch.zeros(T, dtype=torch.int32)
+    head = Head(rows, None, HeadSpec(V))
+    spec = TargetSpec(payload, k=K if payload == "topk" else 0, encoding=ENCODINGS[payload][0])
+    targets = make_targets(states, head, labels, spec)
+
+    def soft(name: str, of: torch.Tensor) -> tuple[float, float]:
+        hidden, weight = of.clone().requires_grad_(), rows.clone().requires_grad_()
+        loss, _ = fused_loss(
+            *(hidden, weight, None, HeadSpec(V), labels, targets, Objective(Divergence(name))),
+            chunk_bytes=4 * V * 7,
+            teacher_head=head,
+        )
+        loss.backward()
+        assert not weight.grad[V:].any()
+        return float(loss.detach()), float(hidden.grad.float().norm() + weight.grad.float().norm())
+
+    for name in SUPPORT[payload]:
+        (value, slope), (other, other_slope) = soft(name, states), soft(name, states.flip(0))
+        assert abs(value) < 1e-4 * other, name
+        # Total variation has a kink there.
+        assert slope < 1e-2 * other_slope or name == "tvd", name
+
+
+def test_a_narrow_gradient_is_scaled_as_a_wide_one(case):
+    """What stands before the loss is not rounded to eight bits, which would tilt the whole gradient."""
     hidden, weight, labels, targets = case
-    shifted = (torch.roll(hidden, 1, 0), weight, labels, targets)
-    assert abs(float(run(shifted)[0]) - float(run(case)[0])) > 0.1 * float(run(case)[0])
+    grads = []
+    for factor in (1.0, 1 / 3):
+        leaf = hidden.bfloat16().requires_grad_()
+        loss, _ = fused_loss(
+            *(leaf, weight.bfloat16(), None, HeadSpec(V), labels, targets, OBJECTIVE), chunk_bytes=4 * V * 7
+        )
+        (loss * factor).backward()
+        grads.append(leaf.grad.double())
+    assert float((grads[0] * grads[1]).sum() / grads[0].square().sum()) == pytest.approx(1 / 3, rel=2e-4)
 
 
 def test_statistics(case):
     _, _, _, stats = run(case)
     figures = dict(zip(STATS, stats.tolist(), strict=True))
     targets = case[3]
-    assert figures["count"] == T
+    assert figures["count"] == figures["told"] == T
     assert figures["teacher_entropy"] == pytest.approx(float(targets.entropy_T.sum()), rel=1e-5)
     assert figures["teacher_kept_mass"] == pytest.approx(float(targets.logp_TK.exp().sum()), rel=1e-5)
     logits = case[0] @ case[1].T

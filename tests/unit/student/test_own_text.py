@@ -7,7 +7,7 @@ import pytest
 
 from kdscale.config.schema import RunConfig
 from kdscale.data.loader import Loader
-from kdscale.errors import CheckpointError
+from kdscale.errors import CheckpointError, OnPolicyError
 from kdscale.on_policy.exchange import Exchange
 from kdscale.on_policy.rows import Written, to_tensors
 from kdscale.student.own_text import OwnText
@@ -32,6 +32,9 @@ def test_older_weights_must_be_there(tmp_path: Path):
     assert own.files() == {"weights-4-0123456789abcdef.safetensors": b"weights"}
     own.after_step(7)
     assert list(own.files()) == ["weights-4-0123456789abcdef.safetensors"]
+    (tmp_path / "exchange" / "weights-4-0123456789abcdef.safetensors").unlink()
+    with pytest.raises(OnPolicyError, match=r"has no weights-4 any more, which coming steps need"):
+        own.files()
 
 
 def test_some_rows_of_a_step_are_those_of_the_whole(tmp_path: Path):

@@ -232,6 +232,14 @@ HOSTILE = [
 ]
 
 
+def test_a_position_whose_entries_have_no_mass_is_refused():
+    """Beside a tail of all: its entries could be scaled up to anything."""
+    targets = make()
+    nothing = replace(targets, logp_TK=torch.full_like(targets.logp_TK, -65504.0), tail_logp_T=targets.tail_logp_T * 0)
+    with pytest.raises(PayloadError, match="no entry of a position has any mass"):
+        decode(encode(nothing, SPEC, schema(SPEC, 50, 8), 50), SPEC, 50)
+
+
 @given(st.sampled_from(HOSTILE), st.sampled_from([50, 5_000, 70_000]), st.integers(1, 9), st.data())
 @settings(max_examples=300, deadline=None)
 def test_any_bytes_are_refused_or_a_distribution(spec: TargetSpec, vocab: int, tokens: int, data: st.DataObject):

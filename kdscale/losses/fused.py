@@ -138,7 +138,10 @@ def _rows(count: int, weight: torch.Tensor, vocab_size: int, chunk_bytes: int, *
     size = weight.element_size()
     most = chunk_rows(vocab_size, chunk_bytes // tiles, size)
     if weight.device.type == "cpu":
-        most = min(most, _CPU_CHUNK_ROWS[tiles][size < 4])
+        enough = -(-count // _ROUNDED_SUMS)
+        # Somewhat longer chunks are far smaller than the float32 sum that one chunk too many would need.
+        least = enough if size < 4 and enough <= most else 0
+        most = max(min(most, _CPU_CHUNK_ROWS[tiles][size < 4]), least)
     return -(-count // -(-count // most)) if count else 1
 
 

@@ -100,7 +100,9 @@ def _norm(gradient: torch.Tensor) -> float:
 
 def _rows(tokens: int, vocab: int, item_bytes: int, *, tiles: int) -> int:
     """Rows of the fused loss's own chunks (losses/fused.py), told without kdscale."""
-    most = min(CHUNK_BYTES // (tiles * item_bytes * vocab), {1: 128, 2: 112}[tiles] * 4 // item_bytes)
+    narrow, most, enough = item_bytes < 4, CHUNK_BYTES // (tiles * item_bytes * vocab), -(-tokens // 16)
+    least = enough if narrow and enough <= most else 0
+    most = max(min(most, {1: (128, 192), 2: (112, 224)}[tiles][narrow]), least)
     return -(-tokens // -(-tokens // most))
 
 

@@ -75,6 +75,32 @@ def test_no_array_of_all_positions_and_the_vocabulary(case):
     assert 4 * V <= largest.numel <= max(4 * V, V * D) < T * V
 
 
+def test_a_narrow_weights_gradient_needs_no_wide_sum():
+    """Where chunks within the budget are few enough: over as many as come of the shortest quick ones it would be summed in
+    float32, which is twice the gradient."""
+    count, vocab, width = 16 * 200, 90, 8
+    wide: list[torch.Size] = []
+
+    class Wide(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            wide.extend(one.shape for one in tree_iter(result) if getattr(one, "dtype", None) == torch.float32)
+            return result
+
+    hidden, weight = (
+        torch.ones(*size, dtype=torch.bfloat16).requires_grad_() for size in ((count, width), (vocab, width))
+    )
+    for chunk_rows, summed_wide in ((1000, False), (150, True)):
+        wide.clear()
+        with Wide():
+            loss, _ = fused_loss(
+                *(hidden, weight, None, HeadSpec(vocab), torch.zeros(count).int(), None, OBJECTIVE),
+                chunk_bytes=2 * vocab * chunk_rows,
+            )
+            loss.backward()
+        assert (torch.Size((vocab, width)) in wide) == summed_wide
+
+
 def test_no_position_still_gives_a_graph(case):
     hidden, weight, labels, _ = case
     hidden, weight = hidden[:0].requires_grad_(), weight.clone().requires_grad_()

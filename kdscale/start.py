@@ -288,7 +288,7 @@ def start_replicas(
 
 
 def start_rollouts(
-    job: Job, prepared: Prepared, checkpoint: Checkpoint | None, slots: Slots, stack: ExitStack
+    job: Job, prepared: Prepared, corpus: str, checkpoint: Checkpoint | None, slots: Slots, stack: ExitStack
 ) -> tuple[RolloutGuard, Path] | None:
     """Let the ranks that write the student's text build, without waiting for them, and where they write for a life of it that
     goes on from ``checkpoint``; none without on_policy."""
@@ -302,6 +302,7 @@ def start_rollouts(
     setup = RolloutSetup(
         config=job.config,
         meaning=prepared.meaning,
+        corpus=corpus,
         teacher_directory=str(prepared.teacher_directory.absolute()),
         exchange=str(exchange),
         start=checkpoint.step if checkpoint else 0,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -80,16 +81,20 @@ class Corpus(Generic[Part]):
 
 
 def build_corpus(
-    data: DataSection, tokenizer: Tokenizer, progress: Progress, routing: Routing | None = None
+    data: DataSection,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    routing: Routing | None = None,
+    known: str | None = None,
 ) -> Corpus[Split]:
-    """Tokenize what ``data`` names, or find it in the cache.
+    """Tokenize what ``data`` names, or find it in the cache; ``known``: see ``fingerprint_of``.
 
     Several processes may build the same corpus at once: each writes aside, the first to finish is used.
 
     Raises:
         DataError: missing, broken or empty text, or a document of an unknown teacher, naming file and line.
     """
-    fingerprint = _fingerprint(data, tokenizer, progress, routing)
+    fingerprint = _fingerprint(data, tokenizer, progress, routing, known)
     directory = cached(
         Path(data.cache_dir) / fingerprint[:32], lambda staging: _write(data, tokenizer, staging, progress, routing)
     )
@@ -126,20 +131,27 @@ def _remove_leftovers(cache: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _fingerprint(data: DataSection, tokenizer: Tokenizer, progress: Progress, routing: Routing | None) -> str:
+def _fingerprint(
+    data: DataSection, tokenizer: Tokenizer, progress: Progress, routing: Routing | None, known: str | None
+) -> str:
     settings = data.model_dump(include={"loss_on", "append_eos", "heldout_every"})
     opening = tokenizer.encode("")
     ending = tokenizer.eos_id if data.append_eos else None
     read_by = [_VERSION, settings, tokenizer.fingerprint, ending, tokenizer.chat_template]
     read_by += [opening] if opening else []
-    return fingerprint_of(read_by + ([asdict(routing)] if routing else []), data, progress)
+    return fingerprint_of(read_by + ([asdict(routing)] if routing else []), data, progress, known)
 
 
-def fingerprint_of(read_by: list[Any], data: DataSection, progress: Progress) -> str:
+def fingerprint_of(read_by: list[Any], data: DataSection, progress: Progress, known: str | None = None) -> str:
     """Identity of what ``data`` names, together with how it is read (plain values).
 
-    Raises: DataError: something is missing, or both trained on and held out.
+    ``known``: what it is where the run began. Where the corpus of that name lies in the cache, nothing is read for it: many ranks
+    would all read the whole text, of which they need the tokens alone.
+
+    Raises: DataError: something is missing, both trained on and held out, or not what is ``known``.
     """
+    if known is not None and (Path(data.cache_dir) / known[:32] / "corpus.json").is_file():
+        return known
     digest = hashlib.sha256()
     digest.update(json.dumps(read_by).encode())
     named: list[list[tuple[str, str]]] = [[], []]
@@ -152,6 +164,11 @@ def fingerprint_of(read_by: list[Any], data: DataSection, progress: Progress) ->
             progress(done, len(sources), "reading text")
         digest.update(b"|")
     _require_apart(data, *named)
+    if known not in (None, digest.hexdigest()):
+        raise DataError(
+            f"{', '.join(data.train + data.heldout)} (data.train, data.heldout) hold something else on {socket.gethostname()}"
+            " than where the run was started; give every node with ranks the same files"
+        )
     return digest.hexdigest()
 
 

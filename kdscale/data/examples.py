@@ -47,8 +47,10 @@ class Examples:
         return np.frombuffer(value.as_buffer(), np.uint8)
 
 
-def build_examples(data: DataSection, reader: Reader, classes: tuple[str, ...], progress: Progress) -> Corpus[Examples]:
-    """Read the examples that ``data`` names, or find them in the cache.
+def build_examples(
+    data: DataSection, reader: Reader, classes: tuple[str, ...], progress: Progress, known: str | None = None
+) -> Corpus[Examples]:
+    """Read the examples that ``data`` names, or find them in the cache; ``known``: see ``fingerprint_of``.
 
     A label is a number from 0, or one of the names in ``classes``.
 
@@ -56,7 +58,8 @@ def build_examples(data: DataSection, reader: Reader, classes: tuple[str, ...], 
         DataError: a row that is no example, naming file and line; or a part without any.
     """
     settings = data.model_dump(include={"row_tokens", "heldout_every"})
-    fingerprint = fingerprint_of(["examples", _VERSION, settings, reader.fingerprint, classes], data, progress)
+    read_by = ["examples", _VERSION, settings, reader.fingerprint, classes]
+    fingerprint = fingerprint_of(read_by, data, progress, known)
     directory = cached(
         Path(data.cache_dir) / fingerprint[:32], lambda staging: _write(data, reader, classes, staging, progress)
     )

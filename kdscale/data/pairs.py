@@ -189,15 +189,17 @@ def _all_predicted(predicts_L: np.ndarray, columns_S2: np.ndarray) -> np.ndarray
     return np.asarray(before[past] - before[first] == past - first)
 
 
-def build_pairs(data: DataSection, pair: TokenizerPair, progress: Progress) -> Corpus[PairSplit]:
-    """Tokenize what ``data`` names by both, or find it in the cache.
+def build_pairs(
+    data: DataSection, pair: TokenizerPair, progress: Progress, known: str | None = None
+) -> Corpus[PairSplit]:
+    """Tokenize what ``data`` names by both, or find it in the cache; ``known``: see ``fingerprint_of``.
 
     Raises:
         DataError: missing, broken or empty text, naming file and line; or messages, which templates surround differently.
     """
     settings = data.model_dump(include={"loss_on", "append_eos", "heldout_every", "row_tokens"})
     endings = [one.eos_id for one in (pair.student, pair.teacher)] if data.append_eos else None
-    fingerprint = fingerprint_of(["pairs", _VERSION, settings, pair.fingerprint, endings], data, progress)
+    fingerprint = fingerprint_of(["pairs", _VERSION, settings, pair.fingerprint, endings], data, progress, known)
     directory = cached(Path(data.cache_dir) / fingerprint[:32], lambda staging: _write(data, pair, staging, progress))
     facts = json.loads((directory / "corpus.json").read_text())
     train, heldout = (PairSplit(directory / f"{name}.arrow", all_trained=facts[name]) for name in ("train", "heldout"))

@@ -36,14 +36,16 @@ def read_corpus(
     classes: tuple[str, ...],
     progress: Progress,
     routing: Routing | None = None,
+    known: str | None = None,
 ) -> RunCorpus:
-    """What ``data`` names; classifiers read rows with a label of one of ``classes``. Raises: DataError."""
+    """What ``data`` names; classifiers read rows with a label of one of ``classes``. ``known``: see ``fingerprint_of``. Raises:
+    DataError."""
     if isinstance(reader, TokenizerPair):
-        return build_pairs(data, reader, progress)
+        return build_pairs(data, reader, progress, known)
     if task == "language-modelling":
         assert not isinstance(reader, Pixels)
-        return build_corpus(data, reader, progress, routing)
-    return build_examples(data, reader, classes, progress)
+        return build_corpus(data, reader, progress, routing, known)
+    return build_examples(data, reader, classes, progress, known)
 
 
 def make_loader(part: Split | Examples | PairSplit, data: DataSection, batch_rows: int, seed: int) -> AnyLoader:

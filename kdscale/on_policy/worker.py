@@ -25,6 +25,8 @@ class RolloutSetup:
 
     config: RunConfig
     meaning: Meaning
+    corpus: str
+    """Fingerprint of the text."""
     teacher_directory: str
     """Where the driver's node has the teacher."""
     exchange: str
@@ -79,7 +81,7 @@ class RolloutRank:
         self._tokenizer = load_tokenizer(config.data.tokenizer or str(teacher))
         eos_id = self._tokenizer.eos_id
         self._ends = end_tokens(self._model, eos_id)
-        corpus = build_corpus(config.data, self._tokenizer, lambda done, total, what: None)
+        corpus = build_corpus(config.data, self._tokenizer, lambda done, total, what: None, known=setup.corpus)
         self._plan = Plan.of(section, config.run.seed)
         self._prompts = Prompts(corpus.train, section, self._plan, texts_of_step(config), eos_id)
         self._heldout = heldout_prompts(corpus.heldout, section, eos_id)

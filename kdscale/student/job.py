@@ -22,7 +22,7 @@ from kdscale.engine.fragments import index_files
 from kdscale.engine.models import build_student
 from kdscale.engine.saver import Saver
 from kdscale.engine.settings import batch_cut, student_dtype, student_settings, topology_of
-from kdscale.errors import ConfigError, RecordingError
+from kdscale.errors import ConfigError, RecordingError, StreamError
 from kdscale.evaluate.quality import NO_SUMS, Quality, label_sums, quality, share_of
 from kdscale.evaluate.views import AnyView, TargetSources, View, teachers_of, view_of
 from kdscale.head import Head
@@ -229,7 +229,12 @@ class StudentJob:
             # The last checkpoint is being written beside: what it took to train is not lost with an export.
             saving.settle(config.checkpoint.write_seconds)
             raise
-        report["teacher_stats"] = source.teacher_stats()
+        try:
+            report["teacher_stats"] = source.teacher_stats()
+        except StreamError as error:
+            # Nobody needs the teacher any more: one served elsewhere may have left.
+            _LOG.warning("the summary lacks the teacher's counters: %s", error)
+            report["teacher_stats"] = []
         report["received"] = {payload: received.as_dict() for payload, received in source.received.items()}
         source.close()
         saving.finish()
@@ -256,11 +261,12 @@ class StudentJob:
         return open_source(self._config, self._setup.teachers, corpus.fingerprint, access, self._rank)
 
     def _data(self) -> tuple[Callable[[Path], None], RunCorpus]:
-        """What writes by what the student reads its inputs, and the corpus; the driver has made it, so this finds it in the
-        cache."""
+        """What writes by what the student reads its inputs, and the corpus; the driver has made it, so this finds it in the cache
+        of its node, or makes it there."""
         task, data = self._config.task, self._config.data
         classes = () if task == "language-modelling" else class_names(load_config(self._teacher))
-        corpus = read_corpus(task, data, self._reader, classes, lambda done, total, what: None, self._config.routing)
+        kind, known = (task, data, self._reader, classes), self._setup.identity["corpus"]
+        corpus = read_corpus(*kind, lambda done, total, what: None, self._config.routing, known)
         return (self._pixels or self._reader).save, corpus
 
     def _check_teacher(

@@ -116,6 +116,24 @@ def test_what_is_held_out_may_not_be_trained_on(tmp_path: Path):
     assert fingerprint([held], [held]), "and who names the same for both measures on it"
 
 
+def test_what_is_known_is_not_read_again(tmp_path: Path, tokenizer_dir: Path):
+    """A rank finds the corpus that the run is about, or makes it, and takes no other for it."""
+    data, tokenizer = section(tmp_path, [{"text": text} for text in documents(6)]), load_tokenizer(str(tokenizer_dir))
+    file, elsewhere = Path(data.train[0]), data.model_copy(update={"cache_dir": str(tmp_path / "elsewhere")})
+
+    def of(data: DataSection, known: str | None) -> Corpus[Split]:
+        return build_corpus(data, tokenizer, lambda done, total, what: None, known=known)
+
+    first = of(data, None)
+    assert of(elsewhere, first.fingerprint).fingerprint == first.fingerprint
+    file.unlink()
+    assert [*of(data, first.fingerprint).train.lengths] == [*first.train.lengths]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(7)))
+    shutil.rmtree(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"hold something else on .* than where the run was started"):
+        of(elsewhere, first.fingerprint)
+
+
 def test_a_corpus_is_made_aside_of_others_and_readable_as_any_directory(tmp_path: Path):
     """What was killed is removed, once nothing has been written to it for a day."""
     names = [letter * 32 for letter in "abcd"]

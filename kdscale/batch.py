@@ -84,9 +84,9 @@ class TokenBatch:
         return int(np.count_nonzero(self.segments_RL != PADDING_SEGMENT))
 
     @property
-    def work(self) -> int:
-        """Tokens that a forward over it computes at most, padding included."""
-        return self.ids_RL.size
+    def work(self) -> tuple[int, int]:
+        """(rows, tokens of a row) that a forward over it computes at most, padding included."""
+        return self.num_rows, int(self.ids_RL.shape[1])
 
     def labels(self) -> np.ndarray:
         """The token each trained position predicts, int32 [T], in row-major order: the one place that shifts."""
@@ -203,9 +203,9 @@ class ExampleBatch:
         return self.num_rows if self.of_images else int(self.lengths_R.sum())
 
     @property
-    def work(self) -> int:
-        """About how many tokens a forward over it computes."""
-        return self.num_rows * -(-self.inputs_RL.shape[1] // (_PATCH_PIXELS if self.of_images else 1))
+    def work(self) -> tuple[int, int]:
+        """(rows, about how many tokens of a row) that a forward over it computes."""
+        return self.num_rows, -(-self.inputs_RL.shape[1] // (_PATCH_PIXELS if self.of_images else 1))
 
     def labels(self) -> np.ndarray:
         """The class of each trained row, int32 [T]."""

@@ -129,7 +129,7 @@ class LockstepServer:
         if "done" in message:
             busy.discard(rank)
         else:
-            self._sequencer.ring(rank, message["request"], message["tokens"])
+            self._sequencer.ring(rank, message["request"], message["rows"], message["columns"])
 
 
 class LockstepClient:
@@ -151,8 +151,8 @@ class LockstepClient:
             except OSError as error:
                 raise TeacherError(f"the sequencer on rank 0 is gone: {error}") from error
 
-    def ring(self, request: int, tokens: int) -> None:
-        self._send({"request": request, "tokens": tokens})
+    def ring(self, request: int, rows: int, columns: int) -> None:
+        self._send({"request": request, "rows": rows, "columns": columns})
 
     def done(self, forward: Forward) -> None:
         self._send({"done": forward.number})

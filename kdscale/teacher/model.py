@@ -77,10 +77,13 @@ class TeacherModel:
         answers: list[SoftTargets | Head] = []
         with gathered([one for one in (self._weight, self._bias) if one is not None]):
             head = Head(self._weight, self._bias, self._spec)
+            copy = self._copy(head) if any(isinstance(one, FetchHead) for one in work) else None
             for one in work:
                 match one:
                     case FetchHead():
-                        answers.append(self._copy(head))
+                        # All students ask at once, and a head may take gigabytes.
+                        assert copy is not None
+                        answers.append(copy)
                     case Score(batch=batch, spec=spec):
                         labels = torch.from_numpy(batch.labels())
                         draws = uniforms(batch, spec.seed) if spec.payload == "sampled" else None

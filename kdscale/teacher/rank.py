@@ -55,7 +55,7 @@ class RankScorer:
         with self._lock:
             number = next(self._numbers)
             self._pending[number] = (work, answers)
-        self._lockstep.ring(number, batch.work if batch is not None else 0)
+        self._lockstep.ring(number, *(batch.work if batch is not None else (0, 0)))
         return answers
 
     def progress(self) -> int:

@@ -5,7 +5,8 @@ rank; each is computed by the rank it arrived at. Invariants (``tests/unit/teach
 
 - forwards are numbered 0, 1, 2, ... without gaps, and none is empty on all ranks;
 - each request is dealt exactly once, to the rank it arrived at, in order of arrival;
-- a rank's share holds at most ``max_batch_tokens``, except a single larger request, which runs alone;
+- a rank's share holds at most ``max_batch_tokens``, rows padded to the longest of them, except a single larger request, which
+  runs alone;
 - in deterministic mode a forward holds exactly one request.
 """
 
@@ -24,16 +25,16 @@ class Forward:
 
 class Sequencer:
     def __init__(self, ranks: int, max_batch_tokens: int, *, one_request: bool = False) -> None:
-        self._queues: list[deque[tuple[int, int]]] = [deque() for _ in range(ranks)]
+        self._queues: list[deque[tuple[int, int, int]]] = [deque() for _ in range(ranks)]
         self._max_batch_tokens = max_batch_tokens
         self.one_request = one_request
         """Whether a forward holds exactly one."""
         self._next_number = 0
         self._next_rank = 0
 
-    def ring(self, rank: int, request: int, tokens: int) -> None:
-        """Request ``request`` of ``tokens`` tokens has arrived at ``rank``."""
-        self._queues[rank].append((request, tokens))
+    def ring(self, rank: int, request: int, rows: int, columns: int) -> None:
+        """Request ``request`` of ``rows`` rows, each of ``columns`` tokens, has arrived at ``rank``."""
+        self._queues[rank].append((request, rows, columns))
 
     @property
     def waiting(self) -> int:
@@ -49,13 +50,16 @@ class Sequencer:
         self._next_number += 1
         return forward
 
-    def _share(self, requests: deque[tuple[int, int]]) -> tuple[int, ...]:
+    def _share(self, requests: deque[tuple[int, int, int]]) -> tuple[int, ...]:
         share: list[int] = []
-        left = self._max_batch_tokens
-        while requests and (requests[0][1] <= left or not share):
-            request, tokens = requests.popleft()
+        all_rows = widest = 0
+        while requests:
+            request, rows, columns = requests[0]
+            all_rows, widest = all_rows + rows, max(widest, columns)
+            if share and all_rows * widest > self._max_batch_tokens:
+                break
+            requests.popleft()
             share.append(request)
-            left -= tokens
         return tuple(share)
 
     def _one(self) -> tuple[tuple[int, ...], ...]:
@@ -65,5 +69,5 @@ class Sequencer:
             rank % ranks for rank in range(self._next_rank, self._next_rank + ranks) if self._queues[rank % ranks]
         )
         self._next_rank = turn + 1
-        request, _ = self._queues[turn].popleft()
+        request, *_ = self._queues[turn].popleft()
         return tuple((request,) if rank == turn else () for rank in range(ranks))

@@ -91,9 +91,9 @@ def test_rows_keep_their_identity_and_draws_wherever_they_stand():
     assert len(drawn) == batch.num_tokens == 4
     np.testing.assert_array_equal(drawn[1:], uniforms(batch.cut(slice(1, None)), seed=1))
     assert batch.untrained().num_tokens == 0
-    assert (batch.work, batch.num_tokens_real) == (5, 5), "an image of 64 pixels is one patch"
+    assert (batch.work, batch.num_tokens_real) == ((5, 1), 5), "an image of 64 pixels is one patch"
     text = example_batch("bert")
-    assert (text.work, text.num_tokens_real) == (5 * 24, int(text.lengths_R.sum()))
+    assert (text.work, text.num_tokens_real) == ((5, 24), int(text.lengths_R.sum()))
 
 
 @pytest.mark.parametrize("said", [b"", b"{", b"[]", b'{"request": "a"}', b'{"request": "a", "number": 1e30}'])

@@ -32,7 +32,7 @@ def play(connect: Callable[[int], LockstepClient], server: LockstepServer) -> No
     for thread in threads:
         thread.start()
     for number in range(3):
-        clients[number % 2].ring(number, 10)
+        clients[number % 2].ring(number, 2, 5)
         deadline = time.monotonic() + 10
         while len(seen[0]) <= number or len(seen[1]) <= number:
             assert time.monotonic() < deadline, seen

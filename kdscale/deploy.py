@@ -110,8 +110,8 @@ def export_gguf(directory: Path, out: Path, kind: GgufType, batches: list[Batch]
     lossless = kind in ("f32", own_type(fields))
     if batches is None and not lossless:
         raise _unmeasured(f"--type {kind}")
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     vocab_size = load_tokenizer(str(directory)).vocab_size
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     batches = batches or sample_rows(directory)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = out.with_name(f".{out.stem}.partial.gguf")

@@ -166,28 +166,32 @@ class Writing:
             return
         self._out.parent.mkdir(parents=True, exist_ok=True)
         write_durably(about, (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode())
-        kept = self._kept()
+        self.first, self.lines, size = self._kept()
         self._file = self._partial.open("r+b" if self._partial.exists() else "xb")
-        self._file.truncate(sum(len(one) for one in kept))
+        self._file.truncate(size)
         self._file.seek(0, os.SEEK_END)
-        self.lines = len(kept)
         self.left_out = self.first - self.lines
         if self.first > self.total:
             raise DataError(f"{self._partial} holds more than the {self.total} continuations that are asked for")
 
-    def _kept(self) -> list[bytes]:
-        """The lines of whole batches. Of the last one it is not known whether it is whole: it is written again."""
+    def _kept(self) -> tuple[int, int, int]:
+        """(number of the first continuation to write, lines before it, their bytes): of the last batch it is not known whether it
+        is whole, and it is written again."""
         if not self._partial.exists():
-            return []
-        lines = self._partial.read_bytes().splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
-        try:
-            numbers = [json.loads(one)["number"] for one in lines]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self._partial} is damaged ({error!r}); remove it to write all again") from error
-        self.first = numbers[-1] // self.rows * self.rows if numbers else 0
-        return [one for one, number in zip(lines, numbers, strict=True) if number < self.first]
+            return 0, 0, 0
+        first = before = size = lines = place = 0
+        with self._partial.open("rb") as file:
+            for one in file:
+                if not one.endswith(b"\n"):
+                    break
+                try:
+                    batch = json.loads(one)["number"] // self.rows * self.rows
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(f"{self._partial} is damaged ({error!r}); remove it to write all again") from error
+                if batch > first:
+                    first, before, size = batch, lines, place
+                lines, place = lines + 1, place + len(one)
+        return first, before, size
 
     def add(self, batch: list[dict[str, Any] | None]) -> None:
         """Raises: DataError."""

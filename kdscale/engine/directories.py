@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from kdscale.errors import IdentityError, ModelError
@@ -165,5 +165,5 @@ def load_config(directory: str | Path) -> PretrainedConfig:
     """Raises: ModelError for a config transformers does not know (remote code is never run)."""
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise ModelError(f"{directory}/config.json is not usable: {error}") from error

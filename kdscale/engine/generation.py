@@ -1,6 +1,7 @@
 """Continuations by a causal language model: batched, with a cache of keys and values, in lockstep over the ranks of ZeRO-3."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def write_on(
         pad_token_id=ends[0] if ends else 0,
     )
     criteria = StoppingCriteriaList([_AtText(sampling.stop, columns, decode)] if sampling.stop else [])
-    with attend_by_kernel(model):
+    with attend_by_kernel(model), _no_settings_of_its_own(model):
         written_RL: torch.Tensor = model.generate(  # type: ignore[operator]
             ids_RL.to(device),
             attention_mask=seen_RL.to(device),
@@ -70,6 +71,17 @@ def write_on(
         )
     new_RL = written_RL[:, columns:].cpu().tolist()
     return [_finished(new, sampling, ends, decode) for new, _ in zip(new_RL, prompts, strict=False)]
+
+
+@contextmanager
+def _no_settings_of_its_own(model: PreTrainedModel) -> Iterator[None]:
+    """transformers takes what a call leaves open from the model's own file (Qwen 2.5 ships a repetition penalty): text would then
+    not be drawn from the model's distribution, and would depend on the padding of its row."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def end_tokens(model: PreTrainedModel, eos_id: int | None) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -47,8 +48,13 @@ def load_model(directory: str | Path, dtype: torch.dtype, task: Task) -> PreTrai
         model, info = _AUTO[task].from_pretrained(
             directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
-    except (ValueError, KeyError, OSError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError, StrictDataclassError) as error:
         raise ModelError(f"{directory} cannot be loaded for {task}: {error}") from error
+    except RuntimeError as error:
+        # Of others, of ranks that load together for instance, it is not the directory's fault.
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ModelError(f"{directory}: the weights have other sizes than config.json says") from error
     if info["missing_keys"]:
         # transformers would draw a head at random, and go on.
         what, way_out = ("classifier", "fine-tune it first")
@@ -116,7 +122,10 @@ def from_fields(fields: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
 def from_teacher_layers(
     directory: Path, layers: list[int], dtype: torch.dtype, task: Task = "language-modelling"
 ) -> PreTrainedModel:
-    """A model of the teacher's chosen layers, embeddings and head; reads only the tensors it needs.
+    """A model of the teacher's chosen layers, embeddings and head.
+
+    Only the tensors it needs are read, where they lie on disk by the names of the model's own; else (experts one by one, GPT-2
+    without its prefix) transformers loads the whole teacher into host memory.
 
     Raises:
         ModelError: a layer the teacher does not have, or weights that are not in safetensors.
@@ -131,18 +140,27 @@ def from_teacher_layers(
     targets: dict[int, list[int]] = {}
     for new, old in enumerate(layers):
         targets.setdefault(old, []).append(new)
-    state: dict[str, torch.Tensor] = {}
-    # Classifiers lie on disk under other names than in the model; they are small enough to be loaded whole.
-    stored = _stored_tensors(directory) if task == "language-modelling" else _loaded_tensors(directory, dtype, task)
-    for name, read in stored:
+
+    def chosen(name: str) -> list[str]:
+        """What a tensor of the teacher is called in the student; several, or none."""
         found = _LAYER.search(name)
         if found is None:
-            state[name] = read().to(dtype)
-        else:
-            for new in targets.get(int(found.group(2)), []):
-                state[name[: found.start()] + f"{found.group(1)}{new}" + name[found.end() :]] = read().to(dtype)
-    result = model.load_state_dict(state, strict=False)
+            return [name]
+        here = targets.get(int(found.group(2)), [])
+        return [name[: found.start()] + f"{found.group(1)}{new}" + name[found.end() :] for new in here]
+
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    names, on_disk = set(model.state_dict()), {new for name, _ in _stored_tensors(directory) for new in chosen(name)}
+    plain = names - tied <= on_disk <= names
+    state = {
+        new: read().to(dtype)
+        for name, read in (_stored_tensors(directory) if plain else _loaded_tensors(directory, dtype, task))
+        for new in chosen(name)
+    }
+    try:
+        result = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ModelError(f"the weights of {directory} have other sizes than its config.json says: {error}") from error
     missing = [name for name in result.missing_keys if name not in tied]
     if missing or result.unexpected_keys:
         raise ModelError(

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, HyperCLOVAXConfig, HyperCLOVAXForCausalLM
 
 from kdscale.batch import TokenBatch
@@ -112,12 +113,28 @@ def test_student_of_teacher_layers_is_the_sliced_model(teacher_dir: Path):
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma2", "mixtral", "qwen3_moe"])
 def test_layers_of_other_families(family: str, tmp_path: Path):
     make_model(family).save_pretrained(tmp_path)
     student = from_teacher_layers(tmp_path, [1], torch.float32)
     assert student.config.num_hidden_layers == 1
     require_known_head(student)
+
+
+def test_layers_of_a_gpt2_as_the_hub_has_it(tmp_path: Path):
+    """Without the model's prefix, and with buffers that are no weights."""
+    teacher = make_model("gpt2")
+    teacher.save_pretrained(tmp_path)
+    state = {
+        name.removeprefix("transformer."): one.contiguous()
+        for name, one in teacher.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    save_file(state | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}, tmp_path / "model.safetensors", {"format": "pt"})
+    layers = [*range(teacher.config.num_hidden_layers)]
+    student = from_teacher_layers(tmp_path, layers, torch.float32)
+    for (name, ours), theirs in zip(student.named_parameters(), teacher.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def test_frozen_parameters(teacher_dir: Path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from kdscale.engine.attention import attend_by_document
 from kdscale.engine.generation import write_on
@@ -54,6 +54,19 @@ def test_a_continuation_does_not_depend_on_its_neighbours(model: PreTrainedModel
     assert written(model, PROMPTS, replace(sampling, seed=5)) != together
     again = [replace(one, number=one.number + 10) for one in PROMPTS]
     assert written(model, again, sampling) != together, "another sample of the same prompts"
+
+
+def test_settings_of_the_models_own_change_nothing(model: PreTrainedModel):
+    """As instruct models ship them."""
+    sampling = Sampling(8, temperature=1.3, seed=4)
+    plain = written(model, PROMPTS, sampling, [99])
+    own = model.generation_config
+    model.generation_config = GenerationConfig(repetition_penalty=1.9, top_k=2, suppress_tokens=[*range(50)])
+    try:
+        assert written(model, PROMPTS, sampling, [99]) == plain
+        assert model.generation_config.repetition_penalty == 1.9
+    finally:
+        model.generation_config = own
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.5)])

@@ -115,3 +115,20 @@ def test_chosen_layers_stay_what_they_are(
     ids = torch.arange(24).unsqueeze(0) * 7 % 300
     with torch.no_grad():
         torch.testing.assert_close(student(input_ids=ids).logits, teacher(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", "four", "config.json is not usable|cannot be loaded"),
+        ("hidden_act", 7, "config.json is not usable|cannot be loaded"),
+        ("intermediate_size", 48, "other sizes than"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_causal_lm, lambda *given: from_teacher_layers(given[0], [0], given[1])])
+def test_a_config_that_does_not_fit_is_named(tmp_path: Path, load: Any, field: str, value: Any, message: str):
+    make_model("llama").save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {field: value}))
+    with pytest.raises(ModelError, match=message):
+        load(tmp_path, torch.float32)

@@ -23,6 +23,8 @@ from kdscale.head import Head
 from kdscale.student.module import flatten_batch
 
 _ROW_TOKENS, _HELDOUT_TOKENS, _ROWS = 256, 4096, 2
+_COMPARED = 512
+"""Positions whose logits lie in memory whole, on both sides."""
 _WORST_AGREEMENT = 0.8
 """What has another likeliest token more often is no rounding of the model."""
 _LOSSLESS_DIFFERENCE = 1e-3
@@ -36,7 +38,7 @@ class Comparison:
     num_tokens: int
     """Positions compared."""
     max_logit_difference: float
-    """Of the first rows, like ``largest_logit``."""
+    """Of the first positions, like ``largest_logit``."""
     largest_logit: float
     kl: float
     """KL(model ‖ what was written), nats a token."""
@@ -83,7 +85,8 @@ def compare(model: PreTrainedModel, before: TeacherView) -> Comparison:
     assert found.kl is not None
     assert found.top1_agreement is not None
     assert found.perplexity_teacher is not None
-    ours_TV, theirs_TV = head.logits(hidden[0]), before.head.logits(before.targets[0].hidden_TD)
+    ours_TV = head.logits(hidden[0][:_COMPARED])
+    theirs_TV = before.head.logits(before.targets[0].hidden_TD[:_COMPARED])
     return Comparison(
         num_tokens=found.num_tokens,
         max_logit_difference=float((ours_TV - theirs_TV).abs().max()),

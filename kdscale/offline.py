@@ -7,6 +7,7 @@ import torch
 from kdscale.config.schema import RunConfig
 from kdscale.data.pairs import TokenizerPair
 from kdscale.data.reading import load_reader
+from kdscale.engine import process
 from kdscale.engine.checkpoint import verify
 from kdscale.engine.described import student_pixels
 from kdscale.engine.directories import resolve_model
@@ -38,6 +39,8 @@ def export_checkpoint(config: RunConfig, checkpoint: str, out: Path | None) -> P
     dtype = getattr(torch, found.notes.get("dtype", "float32"))
     reader = load_reader(config.task, config.data, config.alignment, directory)
     pair = reader if isinstance(reader, TokenizerPair) else None
+    # Fresh weights that stayed as they were are in no checkpoint but by their digests.
+    process.set_seed(config.run.seed)
     model = build_student(config.student, directory, dtype, config.task, pair)
     load_checkpoint_weights(model, found)
     save = (student_pixels(config.student, directory, config.task) or reader).save

@@ -52,7 +52,7 @@ class OnPolicySection(Section):
     restart_forget_seconds: float = Field(600, gt=0)
     """Like ``teacher.restart_forget_seconds``."""
     give_up_seconds: float = Field(900, gt=0)
-    """When a step's text is not there after this long, the run ends."""
+    """When a step's text is waited for and writers and student have made nothing for this long, the run ends."""
 
     @property
     def longest_text(self) -> int:

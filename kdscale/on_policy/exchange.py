@@ -21,7 +21,7 @@ from kdscale import log
 from kdscale.errors import OnPolicyError
 
 _LOG = log.get(__name__)
-_POLL_S = 0.02
+_POLL_S, _LONGEST_POLL_S = 0.02, 0.3
 _LOG_PERIOD_S = 10.0
 
 
@@ -87,21 +87,36 @@ class Exchange:
     def wait(self, name: str, limit_s: float, closed: Callable[[], bool]) -> dict[str, torch.Tensor]:
         """What stands under ``name``, once it is there.
 
-        Raises: OnPolicyError when it is damaged, is not there within ``limit_s`` (``on_policy.give_up_seconds``), or
-            ``closed`` says that nobody needs it any more.
+        Raises: OnPolicyError when it is damaged, when no file has come or gone for ``limit_s`` (``on_policy.give_up_seconds``):
+            text of later steps is waited for while that of earlier ones is written; or when ``closed`` says that nobody needs it
+            any more.
         """
-        began = logged = time.monotonic()
+        began = logged = moved = time.monotonic()
+        state, pause_s = self._state(), _POLL_S
         while (found := self.get(name)) is None:
             now = time.monotonic()
             if closed():
                 raise OnPolicyError(f"nobody waits for {name} any more")
-            if now - began > limit_s:
-                raise OnPolicyError(f"{name} was not written within on_policy.give_up_seconds = {limit_s:g}")
+            if (state_now := self._state()) != state:
+                state, moved = state_now, now
+            if now - moved > limit_s:
+                raise OnPolicyError(
+                    f"{name} was not written, nor anything else within on_policy.give_up_seconds = {limit_s:g}"
+                )
             if now - logged > _LOG_PERIOD_S:
                 logged = now
                 _LOG.info("waiting for %s to be written, for %.0f s", name, now - began)
-            time.sleep(_POLL_S)
+            time.sleep(pause_s)
+            # Many ranks look, into storage that they share.
+            pause_s = min(2 * pause_s, _LONGEST_POLL_S)
         return found
+
+    def _state(self) -> int:
+        """Another number after a file has come or gone."""
+        try:
+            return self._directory.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     def drop(self, name: str) -> None:
         if (path := self.find(name)) is not None:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from kdscale.targets.layout import schema as target_schema
 _PROVENANCE, _HEAD = "PROVENANCE.json", "head.arrow"
 _SHARD = re.compile(r"([a-z0-9]+(?:-r\d+)?)-(\d{5})\.arrow")
 _SHARD_BYTES = 64 << 20
+_OPEN_SHARDS = 128
 """What at most is recorded again after a kill."""
 
 
@@ -131,6 +133,10 @@ class RecordingWriter:
         return self._directory / f".{self._name}-{self._number:05}.partial"
 
 
+def _open(shard: Path) -> pa.RecordBatchFileReader:
+    return pa.ipc.open_file(pa.memory_map(str(shard)))
+
+
 class Recording:
     """The finished shards of a directory. A ``TeacherSource`` without a teacher; safe to call from several threads.
 
@@ -144,7 +150,9 @@ class Recording:
         self._meaning = expected.meaning
         require_provenance(directory, expected)
         self._places: dict[tuple[str, bytes], tuple[Path, int]] = {}
-        self._readers: dict[Path, pa.RecordBatchFileReader] = {}
+        self._schemas: dict[Path, pa.Schema] = {}
+        # A large recording has more shards than a process may have files open.
+        self._reader = lru_cache(maxsize=_OPEN_SHARDS)(_open)
         self.received: dict[str, Received] = {}
         """What was read, by payload."""
         self.refresh()
@@ -152,10 +160,10 @@ class Recording:
     def refresh(self) -> None:
         """Take in shards that were finished meanwhile."""
         for name, _, path in _shards(self._directory):
-            if path in self._readers:
+            if path in self._schemas:
                 continue
             try:
-                reader = pa.ipc.open_file(pa.memory_map(str(path)))
+                reader = _open(path)
                 found = {}
                 for number in range(reader.num_record_batches):
                     meta = reader.get_batch_with_custom_metadata(number).custom_metadata
@@ -165,7 +173,7 @@ class Recording:
                     f"{path} is damaged ({error}); remove it and record again: rows that are left are kept"
                 ) from error
             # In this order: other threads look rows up meanwhile.
-            self._readers[path] = reader
+            self._schemas[path] = reader.schema
             self._places.update(found)
 
     def __contains__(self, row: tuple[str, Batch]) -> bool:
@@ -180,7 +188,7 @@ class Recording:
         expected = target_schema(spec, self._meaning.vocab_size, self._meaning.hidden_size)
         for part in ("train", "heldout"):
             place = self._places.get((part, key))
-            if place is not None and self._readers[place[0]].schema.equals(expected, check_metadata=True):
+            if place is not None and self._schemas[place[0]].equals(expected, check_metadata=True):
                 return place
         return None
 
@@ -194,6 +202,7 @@ class Recording:
         Raises:
             CoverageError: a row that was not recorded.
             PayloadError: a row that is damaged.
+            RecordingError: a shard that is gone.
         """
         return SoftTargets.join([self._row(row, spec) for row in batch.rows()])
 
@@ -202,7 +211,10 @@ class Recording:
         kind = (spec, self._meaning.vocab_size, self._meaning.hidden_size)
         expected = target_schema(*kind)
         if (place := self._place(key, spec)) is not None:
-            batch, metadata = self._readers[place[0]].get_batch_with_custom_metadata(place[1])
+            try:
+                batch, metadata = self._reader(place[0]).get_batch_with_custom_metadata(place[1])
+            except (OSError, pa.ArrowException) as error:
+                raise RecordingError(f"{place[0]} cannot be read any more: {error}") from error
             arrow.check(batch, expected)
             checksum = arrow.checksum(batch, schema_bytes(*kind), arrow.stated({"key": key.hex()}))
             if checksum != metadata[b"checksum"].decode():
@@ -228,7 +240,7 @@ class Recording:
         return []
 
     def close(self) -> None:
-        self._readers.clear()
+        self._reader.cache_clear()
 
 
 def begin(directory: Path, provenance: Provenance) -> None:

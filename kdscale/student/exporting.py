@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from kdscale import log
-from kdscale.batch import Batch
+from kdscale.batch import Batch, ExampleBatch, TokenBatch
 from kdscale.config.schema import RunConfig
 from kdscale.engine import process
 from kdscale.engine.export import write_model
@@ -18,6 +18,8 @@ from kdscale.topology import Topology
 _LOG = log.get(__name__)
 _EXPORTED = 1e-2, 1e-2
 """Most and mean difference of an exported student's logits, as shares of the largest."""
+_COMPARED_COLUMNS = 512
+"""Of the row, from its beginning: logits of all of a long one, over a large vocabulary, take gigabytes beside the engine."""
 _MERGED_ROUNDED = 1e-1, 1e-2
 """The same where adapters were merged into bfloat16 weights: the sum is rounded once, and the forwards round in other
 places."""
@@ -84,7 +86,19 @@ def _differences(
     if topology.holds_loss(rank):
         with whole_head(student) as head:
             if topology.data_rank(rank) == 0:
-                ours = head.logits(hidden[0])
-                off = (ours - plain_logits(row, directory, ours.shape[1], dtype, config.task, device)).abs()
+                shown = row if isinstance(row, ExampleBatch) else beginning(row)
+                ours = head.logits(hidden[0][: shown.num_tokens])
+                off = (ours - plain_logits(shown, directory, ours.shape[1], dtype, config.task, device)).abs()
                 found.copy_(torch.stack([off.max(), off.mean(), ours.abs().max()]))
     return [float(one) for one in process.sum_over_ranks(found).tolist()]
+
+
+def beginning(row: TokenBatch) -> TokenBatch:
+    """The first columns of a single row, as far as something is trained on."""
+    (trained_N,) = row.predicts_RL[0].nonzero()
+    columns = max(_COMPARED_COLUMNS, int(trained_N[0]) + 2)
+    ids, segments, positions, predicts = (
+        plane_RL[:, :columns] for plane_RL in (row.ids_RL, row.segments_RL, row.positions_RL, row.predicts_RL.copy())
+    )
+    predicts[:, -1] = False  # what it predicts is cut off
+    return TokenBatch(row.number, ids, segments, positions, predicts)

@@ -1,5 +1,7 @@
 """Files between student and writers: whole, checked, dropped."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -51,7 +53,23 @@ def test_damage_is_named(tmp_path: Path):
 
 def test_waiting_has_a_limit_and_an_end(tmp_path: Path):
     exchange = Exchange(tmp_path)
-    with pytest.raises(OnPolicyError, match=r"rollout-3 was not written within on_policy\.give_up_seconds = 0\.05"):
+    with pytest.raises(
+        OnPolicyError, match=r"rollout-3 was not written, nor anything else within on_policy\.give_up_seconds"
+    ):
         exchange.wait("rollout-3", 0.05, never)
     with pytest.raises(OnPolicyError, match="nobody waits"):
         exchange.wait("rollout-3", 60, lambda: True)
+
+
+def test_who_waits_for_a_later_step_waits_while_earlier_ones_are_written(tmp_path: Path):
+    exchange = Exchange(tmp_path)
+
+    def write() -> None:
+        for step in range(8):
+            time.sleep(0.25)
+            exchange.put(f"rollout-{step}", {"a": torch.ones(1)})
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert exchange.wait("rollout-7", 1.5, never)["a"].tolist() == [1]
+    writer.join()

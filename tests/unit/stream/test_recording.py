@@ -1,5 +1,6 @@
 """Recordings of a real tiny teacher's answers."""
 
+import gc
 import json
 import sys
 import threading
@@ -205,3 +206,20 @@ def test_what_cannot_be_written_is_typed(teacher: Teacher, tmp_path: Path):
     ):
         with pytest.raises(RecordingError, match=r"cannot be written: .* finished shards stay good"):
             write()
+
+
+def test_few_shards_are_open_at_a_time(teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A large recording has more than a process may have files open."""
+    rows = batch(rows=ROWS)
+    record(teacher, tmp_path, rows)
+    monkeypatch.setattr("kdscale.stream.recording._OPEN_SHARDS", 2)
+    recording = Recording(tmp_path, provenance(teacher))
+    assert torch.equal(recording.fetch(rows, TOPK).labels_T, torch.from_numpy(rows.labels()))
+    gc.collect()
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line}
+    assert 1 <= len(mapped) <= 2 < len([*tmp_path.glob("train-*.arrow")])
+    for shard in mapped:
+        Path(shard).unlink()
+    recording.close()
+    with pytest.raises(RecordingError, match="cannot be read any more"):
+        recording.fetch(rows, TOPK)

@@ -289,7 +289,7 @@ def provenance(config: RunConfig, prepared: Prepared, corpus: RunCorpus) -> dict
     """All that the text follows from, but for the rounding of another machine."""
     section, meaning = config.generate, prepared.meaning
     fields = {
-        "version": 1,
+        "version": 2,
         "teacher": meaning.teacher,
         "tokenizer": meaning.tokenizer,
         "corpus": corpus.fingerprint,

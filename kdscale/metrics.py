@@ -25,6 +25,7 @@ class StepMetrics:
     kl: float | None
     """Forward KL at temperature 1, over what the payload tells of it; none where it tells nothing."""
     top1_agreement: float
+    """This and the next three are means over what targets tell of: with another tokenizer over spans."""
     teacher_entropy: float
     teacher_kept_mass: float
     student_kept_mass: float

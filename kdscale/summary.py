@@ -74,7 +74,7 @@ def make_summary(
         "teacher_tokens_per_rank": [stats["tokens"] for stats in teacher_stats],
         "teacher_forwards": sum(stats["forwards"] for stats in teacher_stats if stats["rank"] == 0),
         "dummy_token_share": dummy / (real + dummy) if real + dummy else None,
-        "teachers": _teachers(config, teacher_stats) if config.teachers.others else None,
+        "teachers": _teachers(config, teacher_stats) if config.teachers.others and teacher_stats else None,
         "payload": config.targets.payload if soft else None,
         "bytes_per_token": _bytes_per_token(config, prepared, report) if soft else None,
         "teacher_wait_share": totals["wait_seconds"] / totals["seconds"] if totals["seconds"] else None,

@@ -167,7 +167,7 @@ def fingerprint_of(read_by: list[Any], data: DataSection, progress: Progress, kn
     if known not in (None, digest.hexdigest()):
         raise DataError(
             f"{', '.join(data.train + data.heldout)} (data.train, data.heldout) hold something else on {socket.gethostname()}"
-            " than where the run was started; give every node with ranks the same files"
+            " than where the run was started, or are read by another tokenizer; give every node with ranks the same files"
         )
     return digest.hexdigest()
 

@@ -42,8 +42,8 @@ from kdscale.targets.layout import schema as target_schema
 _PROVENANCE, _HEAD = "PROVENANCE.json", "head.arrow"
 _SHARD = re.compile(r"([a-z0-9]+(?:-r\d+)?)-(\d{5})\.arrow")
 _SHARD_BYTES = 64 << 20
-_OPEN_SHARDS = 128
 """What at most is recorded again after a kill."""
+_OPEN_SHARDS = 128
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ def export(
 
     ``dtype``, ``parameters``: the whole student's.
 
-    Returns how far its logits are from the engine's on ``row``; none for a student above ``evaluate.canary_max_gib``, as a
-    plain one may not fit beside the engine.
+    Returns how far its logits are from the engine's on the beginning of ``row``; none for a student above
+    ``evaluate.canary_max_gib``, as a plain one may not fit beside the engine.
 
     Raises:
         ModelError: too far. The directory stays, to be looked at.
@@ -81,13 +81,14 @@ def _differences(
     dtype: torch.dtype,
 ) -> list[float]:
     """The largest difference of the logits, the mean one, and the largest logit; on all ranks."""
-    hidden, device = student.hidden([row]), student.engine.device
+    # Both sides forward the same shape: others would round otherwise.
+    shown = row if isinstance(row, ExampleBatch) else beginning(row)
+    hidden, device = student.hidden([shown]), student.engine.device
     found = torch.zeros(3, device=device)
     if topology.holds_loss(rank):
         with whole_head(student) as head:
             if topology.data_rank(rank) == 0:
-                shown = row if isinstance(row, ExampleBatch) else beginning(row)
-                ours = head.logits(hidden[0][: shown.num_tokens])
+                ours = head.logits(hidden[0])
                 off = (ours - plain_logits(shown, directory, ours.shape[1], dtype, config.task, device)).abs()
                 found.copy_(torch.stack([off.max(), off.mean(), ours.abs().max()]))
     return [float(one) for one in process.sum_over_ranks(found).tolist()]

@@ -5,7 +5,8 @@
     python -m tests.benchmarks.loss --peers .venv-peers/bin/python    # and Liger's (tests/benchmarks/peers.sh makes it)
 
 Control: the products alone (3 for ``topk`` and labels, 4 for ``hidden``), in the same chunks. Every side makes the
-gradients of hidden states [T, 576] and head weight [V, 576]. Transient memory is the peak beyond inputs and gradients.
+gradients of hidden states [T, 576] and head weight [V, 576]. Transient memory is the peak beyond inputs and those gradients
+that are there by then (plain autograd makes them last).
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.turns import Side, agree, compare, machine, serve
+from tests.benchmarks.turns import Side, agree, compare, machine, not_yet_owned, serve
 
 WIDTH, K = 576, 64
 CHUNK_BYTES = 64 << 20
@@ -126,7 +127,10 @@ def _bare(
 
 def _plain(name: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, topk: tuple, teacher: tuple):
     """Autograd through whole [T, V] arrays."""
-    logits = (hidden @ weight.T).float()
+    product = hidden @ weight.T
+    product.register_hook(lambda _: not_yet_owned())  # the gradients of both come behind it
+    logits = product.float()
+    del product
     if name == "plain-labels":
         return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     if name == "plain-hidden":

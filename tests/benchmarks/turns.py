@@ -38,14 +38,14 @@ def serve(
     ``afterwards`` follows each, outside the time, before the next side's turn.
 
     ``owned_bytes``: outputs and gradients that the work itself allocates, which are not transient; without it memory is not
-    looked at.
+    looked at. Work whose peak comes before they are there says so by ``not_yet_owned``.
     """
     figures = work()
     afterwards()
     transient = None
     if owned_bytes is not None:
         # The largest of several: what the kernel takes back meanwhile hides some of a peak.
-        transient = max(_transient(work) for _ in range(6)) - owned_bytes
+        transient = max(_transient(work, owned_bytes) for _ in range(6))
     say(json.dumps({"figures": figures, "transient_bytes": transient}))
     for _ in sys.stdin:
         began = time.perf_counter()
@@ -60,9 +60,18 @@ def say(line: str) -> None:
     print(f"{_MARK}{line}", flush=True)
 
 
-def _transient(work: Callable[[], Any]) -> int:
-    """Peak resident bytes of one call beyond what was resident before it."""
+_early_peaks: list[int] = []
+
+
+def not_yet_owned() -> None:
+    """Called by a side's work where nothing of ``owned_bytes`` is allocated: what was resident until now was all transient."""
+    _early_peaks.append(_field(Path("/proc/self/status"), "VmHWM"))
+
+
+def _transient(work: Callable[[], Any], owned_bytes: int) -> int:
+    """Peak resident bytes of one call beyond what was resident before it, and what it owns once that is there."""
     gc.collect()
+    _early_peaks.clear()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not what this call needs
     status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -70,7 +79,7 @@ def _transient(work: Callable[[], Any]) -> int:
     result = work()
     peak = _field(status, "VmHWM")
     del result
-    return peak - before
+    return max(peak - owned_bytes, *_early_peaks, 0) - before
 
 
 def _field(status: Path, name: str) -> int:

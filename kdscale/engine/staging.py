@@ -40,9 +40,10 @@ def staging_directory(root: Path, step: int, token: str) -> Path:
 
 
 def clean(root: Path) -> None:
-    """Remove what killed runs left half written. Raises: OSError."""
+    """Remove what killed runs left half written, as far as it can be removed."""
     for path in root.glob(".step-*.partial"):
-        shutil.rmtree(path)
+        # A rank that was given up may still be writing there; what it leaves goes the next time.
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def publish(staging: Path, final: Path, keep: int) -> None:

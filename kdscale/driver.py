@@ -99,10 +99,8 @@ def train_students(
     """
     with ExitStack() as stack:
         try:
-            rollouts, exchange = start_rollouts(job, prepared, identity["corpus"], checkpoint, slots, stack) or (
-                None,
-                None,
-            )
+            started = start_rollouts(job, prepared, identity["corpus"], checkpoint, slots, stack)
+            rollouts, exchange = started or (None, None)
             meanwhile = partial(look, job, teacher)
             students = start_students(job, prepared, identity, checkpoint, slots, stack, meanwhile, exchange)
             facts = ready(job, teacher, students)
